@@ -1,0 +1,56 @@
+# One command per job; each makes its environment first. `make help` lists them.
+#   make PYTHON=python3.12 test       another interpreter
+#   make PIP_ARGS="--index-url URL"   another package index, for example one with CPU builds of torch
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-all bench lint format clean check-python
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP_ARGS ?=
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS) --editable
+
+help: ## list these commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+
+demo: $(VENV)/.demo ## find wrong labels among handwritten digits; writes runs/demo/report.html
+	$(BIN)/whence demo --out runs/demo
+
+test: lint ## linter, types and quick tests
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: lint ## the same with the slow tests
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/.bench ## compare with a peer library; writes JSON into bench/results
+	set -e; for script in bench/[a-z]*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+
+lint: $(VENV)/.dev ## linter, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev ## mend what the linter can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## delete the environment, caches and runs
+	rm -rf $(VENV) runs build .mypy_cache .ruff_cache .pytest_cache src/whence.egg-info
+	find src tests bench examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+# A stamp says which extras the environment holds; it is out of date when the requirements change.
+$(VENV)/.demo: EXTRAS := report
+$(VENV)/.dev: EXTRAS := report,dev
+$(VENV)/.bench: EXTRAS := report,dev,hf,bench
+$(VENV)/.demo $(VENV)/.dev $(VENV)/.bench: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing whence[$(EXTRAS)] into $(VENV); once, a minute or two"
+	$(INSTALL) ".[$(EXTRAS)]"
+	@touch $@
+
+$(BIN)/python: | check-python
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "make: $(PYTHON) cannot create environments. Install its venv module (Debian: apt install python3-venv)." >&2; exit 1; }
+
+check-python:
+	@command -v $(PYTHON) >/dev/null || { echo "make: there is no $(PYTHON) here. Install Python 3.11 or later, or name one: make PYTHON=/path/to/python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: whence needs Python 3.11 or later; $(PYTHON) is $$($(PYTHON) -V 2>&1). Name a later one: make PYTHON=python3.12 ..." >&2; exit 1; }

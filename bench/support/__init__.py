@@ -1,0 +1,1 @@
+"""What the comparisons in the folder above share; each of those is a script to run."""

@@ -1,0 +1,336 @@
+"""The face of the library: fit the curvature once, then ask for scores and self-influence."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, Self, cast
+
+import torch
+from torch import Tensor, nn
+
+from whence.capture.pair import Basis
+from whence.capture.passes import Rows
+from whence.capture.recorder import Recorder
+from whence.capture.tracking import Coverage, TrackedLayer, track
+from whence.curvature.basis import Damping, LayerCurvature, inverse_weights, resolve_damping
+from whence.curvature.fit import Fitter, load_curvature
+from whence.curvature.strategies import STRATEGIES, StrategyName, get_strategy
+from whence.errors import ConfigError, NotFittedError
+from whence.runtime.batches import check_dataset, iterate_batches
+from whence.runtime.device import resolve_device
+from whence.runtime.progress import Stages
+from whence.scores.matrix import Scores
+from whence.scores.pairwise import Pairwise
+from whence.scores.self_influence import SelfInfluence
+from whence.storage.run import RunFolder, fingerprint_model, fingerprint_rows, fingerprint_source
+from whence.storage.shards import ShardStore
+from whence.tasks import Task
+
+
+class Attributor:
+    """Traces a trained model's behaviour to its training examples.
+
+    Nothing of the model is replaced; hooks, frozen parameters and eval mode last for one call and are undone, also
+    after an error. Everything is kept in `run_dir`: a call that was interrupted continues where it stopped, and a
+    call that was made before with the same model, data and settings is read back.
+
+    Args:
+        model: any module with Linear, Hugging Face Conv1D or Conv2d layers.
+        task: what the model is trained on; see `whence.tasks`.
+        run_dir: folder for factors and scores; None: a temporary one that goes with this object.
+        layers: None (all layers with a handler that are trained, without output heads as wide as the vocabulary),
+            `"all"`, or names and shell patterns.
+        collate: makes a batch of a list of rows; by default torch's `default_collate`.
+        device: `"auto"` (a GPU if there is one), or a torch device. The model is moved there.
+        seed: keys the labels drawn for the true Fisher, and the choice of `max_examples`.
+        progress: show progress on standard error.
+
+    Raises:
+        LayerError: no layer can be tracked, or a name in `layers` matches none.
+        ConfigError: the device does not exist.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        *,
+        run_dir: str | Path | None = None,
+        layers: str | Sequence[str] | None = None,
+        collate: Callable[[list[Any]], Any] | None = None,
+        device: str | torch.device = "auto",
+        seed: int = 0,
+        progress: bool = True,
+    ) -> None:
+        self.device = resolve_device(device)
+        self.model, self.task, self.collate, self.seed = model.to(self.device), task, collate, seed
+        self._layers, self.coverage = track(model, layers)
+        self.stages = Stages(enabled=progress)
+        self.run = RunFolder(None if run_dir is None else Path(run_dir))
+        self._temporary = run_dir is None
+        self._strategy: StrategyName | None = None
+
+    def fit(
+        self,
+        train: Any,
+        *,
+        strategy: StrategyName = "ekfac",
+        empirical: bool = False,
+        batch_size: int = 32,
+        max_examples: int | None = None,
+        overwrite: bool = False,
+    ) -> Self:
+        """Fit the curvature on training rows; `"identity"` needs no pass over them.
+
+        Args:
+            train: anything with `__len__` and `__getitem__`; None will do for `"identity"`.
+            strategy: `"identity"`, `"diagonal"`, `"kfac"` or `"ekfac"`.
+            empirical: use the data's labels; by default labels are drawn from the model (true Fisher).
+            batch_size: rows at a time; changes no result beyond rounding.
+            max_examples: fit on that many rows, drawn with the seed.
+            overwrite: start again if the run folder holds factors of another model, data set or setting.
+
+        Raises:
+            DataError: a row cannot be used. NumericalError: NaN or infinity. MismatchError: see `overwrite`.
+        """
+        get_strategy(strategy)
+        if strategy == "identity":  # nothing to fit
+            self._strategy = strategy
+            return self
+        indices = self._drawn(check_dataset(train, "training"), max_examples)
+        rows = self._rows(train, indices, batch_size)
+        with self._session(rows) as (recorder, identity):
+            settings = {
+                "strategy": strategy,
+                "empirical": empirical,
+                "seed": self.seed,
+                "examples": len(indices),
+                **identity,
+                "data": self._fingerprint(train),
+            }
+            self._survey(recorder, rows)
+            with self._store("factors", strategy, settings, overwrite) as store:
+                if not store.complete:
+                    Fitter(
+                        recorder=recorder,
+                        rows=rows,
+                        strategy=strategy,
+                        empirical=empirical,
+                        seed=self.seed,
+                        store=store,
+                        stages=self.stages,
+                    ).fit()
+                    store.finish({"uncalled": sorted(recorder.silent)})
+                self._leave_out_uncalled(store.result["uncalled"])
+        self._strategy = strategy
+        self._record("fit", settings)
+        return self
+
+    def scores(
+        self,
+        queries: Any,
+        train: Any,
+        *,
+        strategy: StrategyName | None = None,
+        damping: float | Damping | Literal["auto"] = "auto",
+        per_layer: bool = False,
+        query_batch_size: int = 32,
+        batch_size: int = 32,
+        overwrite: bool = False,
+    ) -> Scores:
+        """Score every training row for every query, in one pass over the training rows.
+
+        Args:
+            queries: rows whose measurement is to be explained.
+            train: rows that may explain it.
+            strategy: which fitted curvature to use; by default the one fitted last, else the only one in the run folder.
+            damping: added to every eigenvalue; a number, `"auto"` (a tenth of each layer's mean eigenvalue) or `Damping`.
+            per_layer: also keep the scores of each layer.
+            query_batch_size: queries at a time while their gradients are taken.
+            batch_size: training rows at a time; changes no result beyond rounding.
+            overwrite: start again if the run folder holds scores of another model, other data or settings.
+
+        Raises:
+            NotFittedError: `fit` was not called. MismatchError: what is in the run folder belongs to another model,
+            data set or setting. DataError, NumericalError: as `fit`.
+        """
+        query_rows = self._rows(queries, range(check_dataset(queries, "query")), query_batch_size)
+        train_rows = self._rows(train, range(check_dataset(train, "training")), batch_size)
+        strategy, checked = self._chosen(strategy), resolve_damping(damping)
+        with self._session(train_rows) as (recorder, identity):
+            factors = self._factors(strategy, identity)
+            settings = {
+                **self._score_settings(strategy, checked, identity, factors),
+                "per_layer": per_layer,
+                "train": self._fingerprint(train),
+                "queries": self._fingerprint(queries),
+            }
+            self._survey(recorder, train_rows)
+            with self._store("scores", strategy, settings, overwrite) as store:
+                if not store.complete:
+                    bases, weights = self._preconditioner(factors, checked, recorder.layers)
+                    Pairwise(
+                        recorder=recorder,
+                        bases=bases,
+                        weights=weights,
+                        per_layer=per_layer,
+                        store=store,
+                        stages=self.stages,
+                    ).run(query_rows, train_rows)
+                    store.finish({})
+        self._record("scores", settings)
+        return Scores.load(store.folder)
+
+    def self_influence(
+        self,
+        train: Any,
+        *,
+        strategy: StrategyName | None = None,
+        damping: float | Damping | Literal["auto"] = "auto",
+        batch_size: int = 32,
+        overwrite: bool = False,
+    ) -> Tensor:
+        """Return each row's influence on its own loss, `[train]` on the CPU; high for mislabelled and odd rows.
+
+        Arguments and errors as for `scores`.
+        """
+        rows = self._rows(train, range(check_dataset(train, "training")), batch_size)
+        strategy, checked = self._chosen(strategy), resolve_damping(damping)
+        with self._session(rows) as (recorder, identity):
+            factors = self._factors(strategy, identity)
+            settings = {
+                **self._score_settings(strategy, checked, identity, factors),
+                "train": self._fingerprint(train),
+            }
+            self._survey(recorder, rows)
+            with self._store("self_influence", strategy, settings, overwrite) as store:
+                bases, weights = self._preconditioner(factors, checked, recorder.layers)
+                values = SelfInfluence(
+                    recorder=recorder, bases=bases, weights=weights, store=store, stages=self.stages
+                ).run(rows)
+                if not store.complete:
+                    store.finish({})
+        self._record("self_influence", settings)
+        return values
+
+    def _rows(self, dataset: Any, indices: Sequence[int], batch_size: int) -> Rows:
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ConfigError(f"batch_size={batch_size!r} cannot be used; give a number of rows, 1 or more.")
+        return Rows(dataset=dataset, indices=indices, batch_size=batch_size, collate=self.collate, device=self.device)
+
+    def _drawn(self, rows: int, max_examples: int | None) -> list[int]:
+        """Choose rows at random, not the first: data sets are often sorted."""
+        if max_examples is None or max_examples >= rows:
+            return list(range(rows))
+        if max_examples < 1:
+            raise ConfigError(f"max_examples={max_examples} cannot be used; give 1 or more, or None for all rows.")
+        return sorted(random.Random(self.seed).sample(range(rows), max_examples))
+
+    @contextmanager
+    def _session(self, train: Rows) -> Iterator[tuple[Recorder, dict[str, Any]]]:
+        """Install the taps for one call; give the recorder, and what results depend on besides data and options."""
+        recorder = Recorder(self.model, self._layers, self.task)
+        with recorder.recording():
+            with torch.no_grad():
+                self.task.prepare(self.model, self._sample(train))
+            yield recorder, {
+                "model": fingerprint_model(self.model),
+                "task": fingerprint_source(self.task),
+                "task options": {name: repr(value) for name, value in sorted(vars(self.task).items())},
+                "layers": {layer.name: list(layer.shape) for layer in self._layers},
+            }
+
+    def _sample(self, rows: Rows) -> Any:
+        """Two rows as a batch: enough to see an output, and whether a layer is called on the batch's axis."""
+        return next(
+            iterate_batches(rows.dataset, rows.indices[:2], batch_size=2, collate=rows.collate, device=rows.device)
+        ).data
+
+    def _survey(self, recorder: Recorder, train: Rows) -> None:
+        """Leave out layers that are called without the batch's axis, such as those on position embeddings."""
+        rows, leading = recorder.survey(self._sample(train))
+        for name, sizes in leading.items():
+            if rows > 1 and sizes == {1}:
+                self.coverage.drop(name, "called without the batch's axis")
+                recorder.leave_out(name)
+
+    def _leave_out_uncalled(self, names: Sequence[str]) -> None:
+        for name in names:
+            self.coverage.drop(name, "never called as a module (its weights may be used directly)")
+
+    def _fingerprint(self, dataset: Any) -> str:
+        """Hash every row; the task looks at each one in the same pass, before long work starts."""
+        return fingerprint_rows(dataset, inspect=lambda index, row: self.task.inspect_row(self.model, index, row))
+
+    @contextmanager
+    def _store(self, kind: str, strategy: str, settings: dict[str, Any], overwrite: bool) -> Iterator[ShardStore]:
+        # Nobody else sees a temporary folder, so there is nothing to protect in it.
+        replace = overwrite or self._temporary
+        with ShardStore(self.run.sub(kind, strategy), kind=kind, settings=settings, overwrite=replace) as store:
+            yield store
+
+    def _chosen(self, strategy: StrategyName | None) -> StrategyName:
+        """Return the strategy asked for, fitted last, or alone in the run folder."""
+        if strategy is not None:
+            get_strategy(strategy)
+            return strategy
+        if self._strategy is not None:
+            return self._strategy
+        fitted = [name for name in STRATEGIES if self.run.sub("factors", name, "manifest.json").exists()]
+        if len(fitted) != 1:
+            have = f"{self.run.path} holds factors of {', '.join(fitted)}" if fitted else f"{self.run.path} holds no factors"
+            raise NotFittedError(f"{have}: call fit(train, strategy=...) first, or say which with strategy=...")
+        return cast(StrategyName, fitted[0])
+
+    def _factors(self, strategy: str, identity: dict[str, Any]) -> ShardStore | None:
+        """Open the fitted factors and check that they belong to this model; None for identity, which has none."""
+        if strategy == "identity":
+            return None
+        folder = self.run.sub("factors", strategy)
+        if not (folder / "manifest.json").exists():
+            raise NotFittedError(f"{folder} holds no factors: call fit(train, strategy={strategy!r}) first.")
+        stored = ShardStore.open(folder, kind="factors")
+        ShardStore.open(folder, kind="factors", settings={**stored.settings, **identity})
+        if not stored.complete:
+            raise NotFittedError(f"{folder}: the fit was interrupted. Call fit again with the same arguments; it continues.")
+        self._leave_out_uncalled(stored.result["uncalled"])
+        return stored
+
+    def _score_settings(
+        self, strategy: str, damping: float | Damping, identity: dict[str, Any], factors: ShardStore | None
+    ) -> dict[str, Any]:
+        fitted = {} if factors is None else {k: v for k, v in factors.settings.items() if k not in identity}
+        return {
+            "strategy": strategy,
+            "damping": damping if isinstance(damping, float) else vars(damping),
+            **identity,
+            "factors": fitted,
+        }
+
+    def _preconditioner(
+        self, factors: ShardStore | None, damping: float | Damping, layers: list[TrackedLayer]
+    ) -> tuple[dict[str, Basis], dict[str, Tensor | None]]:
+        """Return each layer's basis and weights on the device, in the type of the sums."""
+        if factors is None:
+            curvature = {layer.name: LayerCurvature() for layer in layers}
+        else:
+            curvature = load_curvature(factors, self._layers)
+        kept = torch.promote_types(next(self.model.parameters()).dtype, torch.float32)
+        weights = inverse_weights(curvature, damping)
+        return (
+            {name: layer.basis.to(self.device, kept) for name, layer in curvature.items()},
+            {name: None if w is None else w.to(self.device, kept) for name, w in weights.items()},
+        )
+
+    def _record(self, command: str, settings: dict[str, Any]) -> None:
+        self.run.record(
+            {
+                "call": command,
+                "settings": settings,
+                "coverage": {"share": self.coverage.share, "left_out": self.coverage.left_out},
+                "stages": self.stages.to_json(),
+            }
+        )

@@ -1,0 +1,1 @@
+"""From a forward and a backward pass to the pair (a, g) of every tracked layer."""

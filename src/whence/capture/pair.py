@@ -1,0 +1,184 @@
+"""The pair (a, g) of one layer and batch, and every way to contract it.
+
+Axes, in words: `example`, `position` (a token, a patch, a re-use of the layer), `group`, `in` (features of the
+input, with a column of ones at the end when the bias is tracked), `out`. The gradient of an example's loss is
+
+    G[group, out, in] = sum over positions of g[position, group, out] * a[position, group, in]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from whence.capture import contract
+from whence.capture.contract import Sides, Sizes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Basis:
+    """Orthogonal eigenvectors in columns: `inputs` `[group, in, in]`, `outputs` `[group, out, out]`; None: identity."""
+
+    inputs: Tensor | None = None
+    outputs: Tensor | None = None
+
+    @property
+    def sides(self) -> Sides:
+        """Which sides there are."""
+        return Sides(inputs=self.inputs is not None, outputs=self.outputs is not None)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Basis:
+        """Return the basis on a device, in a type."""
+        inputs = None if self.inputs is None else self.inputs.to(device, dtype)
+        outputs = None if self.outputs is None else self.outputs.to(device, dtype)
+        return Basis(inputs=inputs, outputs=outputs)
+
+    def rotate(self, gradient: Tensor) -> Tensor:
+        """`Q_out^T G Q_in` for gradients `[..., group, out, in]`."""
+        if self.outputs is not None:
+            gradient = self.outputs.mT @ gradient
+        return gradient if self.inputs is None else _times(gradient, self.inputs)
+
+    def rotate_back(self, gradient: Tensor) -> Tensor:
+        """`Q_out G Q_in^T`, the inverse of `rotate`."""
+        if self.outputs is not None:
+            gradient = self.outputs @ gradient
+        return gradient if self.inputs is None else _times(gradient, self.inputs.mT)
+
+
+IDENTITY = Basis()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """Inputs `a` `[example, group, position, in]` without the column of ones, output gradients `g` alike.
+
+    `bias` asks for that column; `mask` `[example, position]` marks real positions (for covariances only);
+    `transform` is the task's post-processing of gradients `[example, group, out, in]`, if it has one.
+    """
+
+    a: Tensor
+    g: Tensor
+    bias: bool
+    mask: Tensor | None = None
+    transform: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def sizes(self) -> Sizes:
+        """Sizes for the cost model."""
+        examples, groups, positions, inputs = self.a.shape
+        return Sizes(
+            examples=examples,
+            positions=positions,
+            groups=groups,
+            inputs=inputs + self.bias,
+            outputs=self.g.shape[-1],
+            itemsize=self.g.element_size(),
+        )
+
+    def inputs(self) -> Tensor:
+        """Return the inputs with their column of ones, `[example, group, position, in]`."""
+        if not self.bias:
+            return self.a
+        return torch.cat([self.a, self.a.new_ones(*self.a.shape[:-1], 1)], dim=-1)
+
+    def rotated(self, basis: Basis) -> Pair:
+        """Return the pair in a basis; the ones become a part of the rotated inputs."""
+        g = self.g if basis.outputs is None else _times(self.g, basis.outputs)
+        if basis.inputs is None:
+            return replace(self, a=self.inputs(), g=g, bias=False)
+        return replace(self, a=self._rotated_inputs(basis.inputs), g=g, bias=False)
+
+    def _rotated_inputs(self, q: Tensor) -> Tensor:
+        # A column of ones times the last row of Q is an offset: no copy of the inputs is made to append it.
+        return _times(self.a, q[:, :-1], q[:, -1]) if self.bias else _times(self.a, q)
+
+    def chunks(self, size: int) -> Iterator[tuple[slice, Pair]]:
+        """Yield the pair a few examples at a time."""
+        for start in range(0, len(self.a), size):
+            rows = slice(start, start + size)
+            yield rows, replace(self, a=self.a[rows], g=self.g[rows])
+
+    def formed(self) -> Tensor:
+        """Return the gradients `[example, group, out, in]`, transformed if the task says so."""
+        gradient = self.g.mT @ self.inputs()
+        return gradient if self.transform is None else self.transform(gradient)
+
+    def gradients(self, basis: Basis, budget: int) -> Iterator[tuple[slice, Tensor]]:
+        """Yield gradients in a basis, `[chunk, group, out, in]`, in the cheapest order within the budget.
+
+        Each yielded tensor may be overwritten by the consumer.
+        """
+        choice = contract.gradients(self.sizes, basis.sides, budget)
+        if self.transform is not None:  # it may mix examples, so that chunks would change its result
+            yield slice(None), basis.rotate(self.formed())
+            return
+        for rows, part in self.chunks(choice.chunk):
+            if choice.order == "rotate":
+                yield rows, part.rotated(basis).formed()
+            else:
+                yield rows, basis.rotate(part.formed())
+
+    def sum_of_squares(self, basis: Basis, budget: int) -> Tensor:
+        """Return the sum over examples of squared rotated gradients, `[group, out, in]`."""
+        sizes = self.sizes
+        choice = contract.squares(sizes, basis.sides, budget)
+        if choice.order == "outer" and self.transform is None:
+            a, g = self._rotated_squares(basis)
+            return g.mT @ a
+        total = self.g.new_zeros(sizes.groups, sizes.outputs, sizes.inputs)
+        for _, gradient in self.gradients(basis, budget):
+            total += gradient.square_().sum(0)
+        return total
+
+    def weighted_squares(self, basis: Basis, weights: Tensor, budget: int) -> Tensor:
+        """Return per example the sum of its squared rotated gradient times `weights` `[group, out, in]`: `[example]`."""
+        choice = contract.squares(self.sizes, basis.sides, budget)
+        if self.transform is None and choice.order == "outer":
+            a, g = self._rotated_squares(basis)
+            return ((g @ weights) * a).sum((0, 2))
+        flat = weights.flatten()
+        return torch.cat([gradient.square_().flatten(1) @ flat for _, gradient in self.gradients(basis, budget)])
+
+    def norms(self, budget: int) -> Tensor:
+        """Return the squared norm of every example's gradient, per group: `[example, group]`."""
+        choice = contract.squares(self.sizes, IDENTITY.sides, budget, uniform=True)
+        if self.transform is None and choice.order == "gram":
+            return torch.cat([part._gram_norms() for _, part in self.chunks(choice.chunk)])
+        if self.transform is None and choice.order == "outer":
+            a, g = self._rotated_squares(IDENTITY)
+            return (g.sum(-1) * a.sum(-1)).mT
+        return torch.cat([gradient.square_().sum((2, 3)) for _, gradient in self.gradients(IDENTITY, budget)])
+
+    def _rotated_squares(self, basis: Basis) -> tuple[Tensor, Tensor]:
+        """Squares of the rotated pair at its one position, `[group, example, in]` and `[group, example, out]`."""
+        pair = self.rotated(basis)
+        return pair.a[:, :, 0].square().transpose(0, 1), pair.g[:, :, 0].square().transpose(0, 1)
+
+    def _gram_norms(self) -> Tensor:
+        inputs = self.a @ self.a.mT + float(self.bias)
+        return (inputs * (self.g @ self.g.mT)).sum((2, 3))
+
+    def covariances(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return sums over real positions of `a a^T` `[group, in, in]`, of `g g^T` `[group, out, out]`, and their number."""
+        a, g = self.inputs(), self.g
+        count = self.g.new_tensor(a.shape[0] * a.shape[2])
+        if self.mask is not None:
+            real = self.mask.to(a)[:, None, :, None]
+            a, g, count = a * real, g * real, self.mask.to(a).sum()
+        a, g = (x.transpose(0, 1).flatten(1, 2) for x in (a, g))
+        return a.mT @ a, g.mT @ g, count
+
+
+def _times(x: Tensor, matrix: Tensor, offset: Tensor | None = None) -> Tensor:
+    """`[example, group, row, f] x [group, f, h] -> [example, group, row, h]`, plus `offset` `[group, h]`."""
+    if len(matrix) > 1:
+        product = torch.einsum("egrf,gfh->egrh", x, matrix)
+        return product if offset is None else product + offset[:, None]
+    # One group: a single large product runs at several times the speed of a small one per example.
+    flat = x.reshape(-1, x.shape[-1])
+    product = flat @ matrix[0] if offset is None else torch.addmm(offset[0], flat, matrix[0])
+    return product.view(*x.shape[:-1], -1)

@@ -1,0 +1,142 @@
+"""Passes over a data set: fixed blocks of rows, checked for NaN once per block, so that nothing waits per batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from whence.capture.pair import Pair
+from whence.capture.recorder import Consumer, Objective, Recorder
+from whence.capture.tracking import TrackedLayer
+from whence.errors import NumericalError
+from whence.runtime.batches import Batch, iterate_batches, row_blocks
+from whence.runtime.noise import KeyedNoise
+from whence.tasks import Task
+
+BLOCK = 256
+"""Rows per block. Sums are closed, checked, saved and resumed at block ends, whatever the batch size."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Rows of a data set, by index, and how they are put into batches."""
+
+    dataset: Any
+    indices: Sequence[int]
+    batch_size: int
+    collate: Callable[[list[Any]], Any] | None
+    device: torch.device
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self.indices)
+
+    def blocks(self) -> list[range]:
+        """Return the blocks, as ranges of places in `indices`."""
+        return list(row_blocks(len(self.indices), BLOCK))
+
+    def batches(self, block: range) -> Iterator[Batch]:
+        """Yield the batches of a block."""
+        indices = [self.indices[i] for i in block]
+        yield from iterate_batches(
+            self.dataset, indices, batch_size=self.batch_size, collate=self.collate, device=self.device
+        )
+
+
+ObjectiveOf = Callable[[Batch], Objective]
+"""The objective for one batch; label sampling depends on the ids of its examples."""
+
+
+def loss_of(task: Task) -> ObjectiveOf:
+    """Return the training loss with the data's labels."""
+    return lambda batch: task.loss
+
+
+def measurement_of(task: Task) -> ObjectiveOf:
+    """Return the task's measurement."""
+    return lambda batch: task.measurement
+
+
+def sampled_loss_of(task: Task, *, seed: int, stream: int, device: torch.device) -> ObjectiveOf:
+    """Return the loss with labels drawn from the model, by noise keyed with (seed, stream, example id)."""
+
+    def objective(batch: Batch) -> Objective:
+        noise = KeyedNoise(seed=seed, stream=stream, ids=batch.ids, device=device)
+        return partial(_sampled, task, noise)
+
+    return objective
+
+
+def _sampled(task: Task, noise: KeyedNoise, model: torch.nn.Module, batch: Any) -> Tensor:
+    return task.sampled_loss(model, batch, noise)
+
+
+def run_block(
+    recorder: Recorder,
+    rows: Rows,
+    block: range,
+    objective: ObjectiveOf,
+    consumer_for: Callable[[int], Consumer],
+    advance: Callable[[int], None],
+) -> None:
+    """Run the batches of a block; `consumer_for(place)` gets the place of a batch's first row within the block."""
+    place = 0
+    for batch in rows.batches(block):
+        recorder.run(batch.data, objective(batch), consumer_for(place))
+        place += len(batch.ids)
+        advance(len(batch.ids))
+
+
+def raise_not_finite(recorder: Recorder, rows: Rows, block: range, objective: ObjectiveOf, stage: str) -> None:
+    """Run a block again, watching every layer, and say where NaN or infinity first appears.
+
+    Raises:
+        NumericalError: always, with the layer, the stage and the example ids.
+    """
+    for batch in rows.batches(block):
+        found: list[str] = []
+        bad = torch.zeros(len(batch.ids), dtype=torch.bool)
+
+        def watch(layer: TrackedLayer, x: Tensor, output: Tensor, found: list[str] = found, bad: Tensor = bad) -> None:
+            if not found and not torch.isfinite(output).all():
+                source = "its output is" if torch.isfinite(x).all() else "its input is already"
+                found.append(f"layer {layer.name!r}: {source} NaN or infinite")
+                _mark(bad, output)
+
+        def gradients(layer: TrackedLayer, pair: Pair, found: list[str] = found, bad: Tensor = bad) -> None:
+            if not found and not torch.isfinite(pair.g).all():
+                found.append(f"layer {layer.name!r}: the gradient of its output is NaN or infinite")
+                _mark(bad, pair.g)
+
+        recorder.observers.append(watch)
+        try:
+            losses = recorder.run(batch.data, objective(batch), gradients)
+        finally:
+            recorder.observers.clear()
+        if not found and not torch.isfinite(losses).all():
+            found.append("no layer, but the loss: it is NaN or infinite")
+            _mark(bad, losses)
+        if found:
+            ids = [i for i, wrong in zip(batch.ids, bad.tolist(), strict=True) if wrong]
+            shown = ", ".join(map(str, ids[:10])) + (f" and {len(ids) - 10} more" if len(ids) > 10 else "")
+            raise NumericalError(
+                f"{stage}: {found[0]} for example ids {shown}. Look at these rows and at the layer's weights; "
+                "drop or mend the rows, or load a checkpoint without NaN."
+            )
+    raise NumericalError(
+        f"{stage}: sums over rows {block.start} to {block.stop - 1} overflowed although every gradient is finite. "
+        "Scale the loss down or compute in float64."
+    )
+
+
+def _mark(bad: Tensor, values: Tensor) -> None:
+    """Mark the examples whose values are not finite; all of them if rows are not examples."""
+    if len(values) == len(bad):
+        bad |= ~torch.isfinite(values).flatten(1).all(1).cpu() if values.dim() > 1 else ~torch.isfinite(values).cpu()
+    else:
+        bad |= True

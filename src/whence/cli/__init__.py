@@ -1,0 +1,1 @@
+"""The command line: each verb is one library call. Nothing here imports torch before a verb runs."""

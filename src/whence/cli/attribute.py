@@ -1,0 +1,218 @@
+"""The verbs fit, score, self and top: one library call each, and the printing of what it returns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from whence.cli import output
+from whence.cli.options import (
+    Count,
+    FitOptions,
+    InverseOptions,
+    ListOptions,
+    Numbers,
+    RunOptions,
+    ScoreOptions,
+    Strategy,
+    Switch,
+    parse_damping,
+)
+from whence.errors import ConfigError
+
+if TYPE_CHECKING:
+    from whence.attributor import Attributor
+    from whence.recipes.base import Recipe
+    from whence.scores.matrix import Scores
+
+Flat = Parameter(name="*")
+RECIPE_HELP = "A built-in name (digits), or file.py:object, where the object is a Recipe or a function that returns one."
+RecipeName = Annotated[str, Parameter(name="recipe", help=RECIPE_HELP)]
+
+SHOWN_BY_DEFAULT = 5
+
+
+def fit(
+    recipe: RecipeName,
+    /,
+    *,
+    fitting: Annotated[FitOptions, Flat] = FitOptions(),  # noqa: B008  (read only; the parser makes a new one per call)
+    run: Annotated[RunOptions, Flat] = RunOptions(),  # noqa: B008
+) -> None:
+    """Fit the curvature of a recipe's model on its training rows and store it in the run folder."""
+    attributor, found = _open(recipe, run)
+    attributor.fit(
+        found.train,
+        strategy=fitting.strategy,
+        empirical=fitting.empirical,
+        batch_size=run.batch_size,
+        max_examples=fitting.max_examples,
+        overwrite=run.overwrite,
+    )
+    values = {"recipe": found.name, "run_dir": str(_folder(found, run)), "strategy": fitting.strategy, "empirical": fitting.empirical}
+    _finish(attributor, values, run)
+
+
+def score(
+    recipe: RecipeName,
+    /,
+    *,
+    inverse: Annotated[InverseOptions, Flat] = InverseOptions(),  # noqa: B008
+    scoring: Annotated[ScoreOptions, Flat] = ScoreOptions(),  # noqa: B008
+    k: Count = 10,
+    run: Annotated[RunOptions, Flat] = RunOptions(),  # noqa: B008
+) -> None:
+    """Score every query of a recipe against every training row and store the scores in the run folder.
+
+    Args:
+        k: Strongest proponents and opponents per query in the table that is written beside the scores.
+    """
+    damping = parse_damping(inverse.damping)
+    attributor, found = _open(recipe, run)
+    scores = attributor.scores(
+        found.queries,
+        found.train,
+        strategy=inverse.strategy,
+        damping=damping,
+        query_batch_size=scoring.query_batch_size,
+        batch_size=run.batch_size,
+        per_layer=scoring.per_layer,
+        overwrite=run.overwrite,
+    )
+    folder = _scores_folder(_folder(found, run), inverse.strategy)
+    table = folder.with_name(f"{inverse.strategy}_top.parquet")
+    scores.to_parquet(table, k=k)
+    queries, train = scores.values.shape
+    values = {"recipe": found.name, "strategy": inverse.strategy, "damping": inverse.damping}
+    _finish(attributor, values | {"queries": queries, "train": train, "scores": str(folder), "table": str(table)}, run)
+
+
+def self_influence(
+    recipe: RecipeName,
+    /,
+    *,
+    inverse: Annotated[InverseOptions, Flat] = InverseOptions(),  # noqa: B008
+    listing: Annotated[ListOptions, Flat] = ListOptions(),  # noqa: B008
+    run: Annotated[RunOptions, Flat] = RunOptions(),  # noqa: B008
+) -> None:
+    """Rank a recipe's training rows by self-influence: wrong labels and unusual rows come first."""
+    damping = parse_damping(inverse.damping)
+    attributor, found = _open(recipe, run)
+    values = attributor.self_influence(
+        found.train, strategy=inverse.strategy, damping=damping, batch_size=run.batch_size, overwrite=run.overwrite
+    )
+
+    from whence.scores.self_influence import to_parquet
+
+    path = _folder(found, run) / "self_influence.parquet"
+    to_parquet(path, values)
+    order = values.argsort(descending=True, stable=True).tolist()
+    ends = {"largest": order[: listing.k]} | ({"smallest": order[::-1][: listing.k]} if listing.bottom else {})
+    lists = {side: [_row(found, t, float(values[t])) for t in rows] for side, rows in ends.items()}
+    lines = [line for side, rows in lists.items() for line in (f"{side} self-influence", *_lines(rows))]
+    output.data(lines, {"recipe": found.name, "strategy": inverse.strategy, "table": str(path), **lists}, as_json=run.json)
+    output.message(f"all rows: {path}")
+    output.closing(attributor)
+
+
+def top(
+    recipe: RecipeName,
+    /,
+    *,
+    query: Numbers | None = None,
+    strategy: Strategy = "ekfac",
+    listing: Annotated[ListOptions, Flat] = ListOptions(),  # noqa: B008
+    run_dir: Path | None = None,
+    json: Switch = False,
+) -> None:
+    """List the training rows that speak most strongly for each query, from saved scores; no computation.
+
+    Args:
+        query: Queries to list, for example 0,3,7. Default: the first five.
+        strategy: The strategy whose scores are read.
+        run_dir: Run folder. Default: runs/NAME, after the recipe's name.
+        json: Print the data as JSON.
+    """
+    from whence.recipes.base import load_recipe
+    from whence.scores.matrix import Scores
+
+    found = load_recipe(recipe)
+    folder = _scores_folder(run_dir or Path("runs") / found.name, strategy)
+    if not folder.exists():
+        raise ConfigError(
+            f"{folder} does not exist: there are no {strategy} scores to list. "
+            f"Run first: whence score {recipe} --strategy {strategy}, or name another --run-dir or --strategy."
+        )
+    scores = Scores.load(folder)
+    chosen = _chosen(scores, query)
+    listed = [_for_query(found, scores, q, listing) for q in chosen]
+    lines = [line for entry in listed for line in _query_lines(entry)]
+    output.data(lines, {"recipe": found.name, "strategy": strategy, "queries": listed}, as_json=json)
+    if query is None and len(chosen) < len(scores.values):
+        output.message(f"queries 0 to {len(chosen) - 1} of {len(scores.values)}; choose others with --query 0,3,7")
+
+
+def _open(spec: str, run: RunOptions) -> tuple[Attributor, Recipe]:
+    """Load the recipe and bind it to its run folder."""
+    from whence.attributor import Attributor
+    from whence.recipes.base import load_recipe
+
+    found = load_recipe(spec)
+    layers = "all" if run.layers == ["all"] else run.layers or found.layers
+    attributor = Attributor(
+        found.model, found.task, run_dir=_folder(found, run), layers=layers, collate=found.collate, device=run.device, seed=run.seed
+    )
+    return attributor, found
+
+
+def _folder(found: Recipe, run: RunOptions) -> Path:
+    return run.run_dir or Path("runs") / found.name
+
+
+def _scores_folder(run_dir: Path, strategy: str) -> Path:
+    return run_dir / "scores" / strategy
+
+
+def _finish(attributor: Attributor, values: dict[str, Any], run: RunOptions) -> None:
+    output.data(output.facts(values), values | {"coverage": output.coverage_facts(attributor)}, as_json=run.json)
+    output.closing(attributor)
+
+
+def _chosen(scores: Scores, query: list[int] | None) -> list[int]:
+    if query is None:
+        return list(range(min(SHOWN_BY_DEFAULT, len(scores.values))))
+    for q in query:
+        if q >= len(scores.values):
+            raise ConfigError(f"--query {q}: there are {len(scores.values)} scored queries, numbered from 0 to {len(scores.values) - 1}.")
+    return query
+
+
+def _for_query(found: Recipe, scores: Scores, query: int, listing: ListOptions) -> dict[str, Any]:
+    sides = {"proponents": scores.top(query, listing.k)} | ({"opponents": scores.bottom(query, listing.k)} if listing.bottom else {})
+    lists = {side: [_row(found, t, value) for t, value in rows] for side, rows in sides.items()}
+    return {"query": query, "text": _text(found, found.queries[query]), **lists}
+
+
+def _query_lines(entry: dict[str, Any]) -> list[str]:
+    lines = [f"query {entry['query']}" + (f": {entry['text']}" if entry["text"] else "")]
+    for side in ("proponents", "opponents"):
+        if side in entry:
+            lines += [f"  {side}", *_lines(entry[side], indent=4)]
+    return lines
+
+
+def _row(found: Recipe, train: int, value: float) -> dict[str, Any]:
+    return {"train": train, "score": value, "text": _text(found, found.train[train])}
+
+
+def _text(found: Recipe, row: Any) -> str | None:
+    return found.describe(row) if found.describe else None
+
+
+def _lines(rows: list[dict[str, Any]], *, indent: int = 2) -> list[str]:
+    return [
+        f"{'':{indent}}{rank:>3}  train {row['train']:>7}  {row['score']:>+11.4e}  {row['text'] or ''}".rstrip()
+        for rank, row in enumerate(rows, start=1)
+    ]

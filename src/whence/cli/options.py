@@ -1,0 +1,161 @@
+"""The options of every verb: keyword-only dataclasses, of which the command line, its help and its YAML files are made.
+
+A field's docstring is its help text. Whatever can be checked without a model is checked while parsing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+
+from cyclopts import Parameter
+
+from whence.errors import ConfigError
+
+if TYPE_CHECKING:
+    from cyclopts import Token
+
+    from whence.curvature.basis import Damping
+
+Strategy = Literal["identity", "diagonal", "kfac", "ekfac"]
+
+
+def _whole(at_least: int) -> Callable[[Any, Sequence[Token]], int]:
+    """Return a converter for whole numbers. The parser's own reads 1.5 as 2."""
+
+    def convert(type_: Any, tokens: Sequence[Token]) -> int:
+        text = tokens[0].value.strip()
+        try:
+            number = int(text)
+        except ValueError:
+            raise ValueError(f"{text!r} is not a whole number; give {at_least} or more.") from None
+        if number < at_least:
+            raise ValueError(f"{number} is too small; give {at_least} or more.")
+        return number
+
+    return convert
+
+
+def _split(type_: Any, tokens: Sequence[Token]) -> list[str]:
+    """Split `a,b` into its parts; a YAML list and a repeated option come as several tokens."""
+    parts = [part.strip() for token in tokens for part in token.value.split(",")]
+    if not all(parts):
+        raise ValueError(f"{','.join(parts)!r} has an empty part; separate names by single commas.")
+    return parts
+
+
+def _split_whole(type_: Any, tokens: Sequence[Token]) -> list[int]:
+    """Split `0,3,7` into whole numbers that are not negative."""
+    parts = _split(type_, tokens)
+    if not all(part.isdecimal() for part in parts):
+        raise ValueError(f"{','.join(parts)!r} is no list of row numbers; write for example 0,3,7.")
+    return [int(part) for part in parts]
+
+
+Count = Annotated[int, Parameter(converter=_whole(1), n_tokens=1)]
+Whole = Annotated[int, Parameter(converter=_whole(0), n_tokens=1)]
+Switch = Annotated[bool, Parameter(negative=())]
+Names = Annotated[list[str], Parameter(converter=_split, n_tokens=1, negative=())]
+Numbers = Annotated[list[int], Parameter(converter=_split_whole, n_tokens=1, negative=())]
+
+
+def parse_damping(text: str) -> float | Literal["auto"] | Damping:
+    """Return what `--damping` means: a number (absolute), `auto`, `relative:0.1` or `relative:0.1:model`.
+
+    Raises:
+        ConfigError: the text is none of these.
+    """
+    if text == "auto":
+        return "auto"
+    kind, _, rest = text.partition(":")
+    number, _, scope = rest.partition(":") if kind == "relative" else (text, "", "")
+    try:
+        value = float(number)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value >= 0) or scope not in ("", "layer", "model"):
+        raise ConfigError(
+            f"--damping {text} is not understood. Give a number of at least 0 (absolute), auto, "
+            "relative:0.1 (of each layer's mean eigenvalue) or relative:0.1:model (of the mean over all layers)."
+        )
+    if kind != "relative":
+        return value
+    from whence.curvature.basis import Damping
+
+    return Damping(relative=value, scope=cast(Literal["layer", "model"], scope or "layer"))
+
+
+@dataclass(kw_only=True)
+class RunOptions:
+    """Which run, on which device."""
+
+    run_dir: Path | None = None
+    """Run folder. Default: runs/NAME, after the recipe's name."""
+
+    layers: Names | None = None
+    """Layers to track: names or patterns, separated by commas, or all. Default: the recipe's choice, else every layer that is supported."""
+
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
+
+    seed: Whole = 0
+    """Seed of everything random."""
+
+    batch_size: Count = 32
+    """Training rows per batch. Changes speed and memory, not results."""
+
+    overwrite: Switch = False
+    """Start again where the run folder holds results of another model, data set or setting."""
+
+    json: Switch = False
+    """Print the data as JSON."""
+
+
+@dataclass(kw_only=True)
+class FitOptions:
+    """How the curvature is fitted."""
+
+    strategy: Strategy = "ekfac"
+    """Form of the curvature."""
+
+    empirical: Switch = False
+    """Use the data's own labels (empirical Fisher) instead of labels drawn from the model (true Fisher)."""
+
+    max_examples: Count | None = None
+    """Fit on this many training rows only."""
+
+
+@dataclass(kw_only=True)
+class InverseOptions:
+    """Which fitted curvature is inverted, and how."""
+
+    strategy: Strategy = "ekfac"
+    """Form of the curvature; it must be fitted, except identity, which needs no fit."""
+
+    damping: str = "auto"
+    """A number (absolute), auto, relative:0.1 (of each layer's mean eigenvalue) or relative:0.1:model (of the mean over all layers)."""
+
+
+@dataclass(kw_only=True)
+class ScoreOptions:
+    """What is scored."""
+
+    query_batch_size: Count = 32
+    """Queries per batch."""
+
+    per_layer: Switch = False
+    """Keep each layer's part of the scores too."""
+
+
+@dataclass(kw_only=True)
+class ListOptions:
+    """What is listed."""
+
+    k: Count = 10
+    """Rows per list."""
+
+    bottom: Switch = False
+    """List the other end too."""

@@ -1,0 +1,44 @@
+"""Where the command line writes: data on standard output; messages, stages and coverage on standard error."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from whence.attributor import Attributor
+
+
+def message(text: str) -> None:
+    """Write one message to standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def data(lines: list[str], value: dict[str, Any], *, as_json: bool) -> None:
+    """Write the result to standard output: `lines` for people, or `value` as one JSON object."""
+    if as_json:
+        print(json.dumps(value, indent=2, allow_nan=False, default=str))
+    else:
+        print("\n".join(lines))
+
+
+def facts(values: dict[str, Any]) -> list[str]:
+    """Return aligned `name  value` lines."""
+    width = max(map(len, values))
+    return [f"{name.replace('_', ' '):<{width}}  {value}" for name, value in values.items()]
+
+
+def coverage_facts(attributor: Attributor) -> dict[str, Any]:
+    """Return what share of the parameters is attributed, and which layers are left out and why."""
+    coverage = attributor.coverage
+    left_out = [{"layer": name, "reason": reason} for name, reason in coverage.left_out]
+    return {"share": coverage.share, "tracked": list(coverage.tracked), "left_out": left_out}
+
+
+def closing(attributor: Attributor) -> None:
+    """Write the table of stages and the coverage to standard error; every verb that computes ends with them."""
+    from rich.console import Console
+
+    Console(stderr=True).print(attributor.stages.table())
+    message(str(attributor.coverage))

@@ -1,0 +1,110 @@
+"""The one form of all curvature, and the functions of it that scores need.
+
+A layer's curvature is `Q diag(eigenvalues) Q^T` with `Q = Q_out (x) Q_in`, a mean over examples of the layer's
+Fisher (or Gauss-Newton) block. EKFAC is of George et al., "Fast Approximate Natural Gradient Descent in a
+Kronecker-factored Eigenbasis" (2018); its use for influence of Grosse et al., "Studying Large Language Model
+Generalization with Influence Functions" (2023).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from whence.capture.pair import IDENTITY, Basis
+from whence.errors import ConfigError, NumericalError
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerCurvature:
+    """Eigenvectors of both sides, and `eigenvalues` `[group, out, in]` (None: all are one, and damping does not apply)."""
+
+    basis: Basis = IDENTITY
+    eigenvalues: Tensor | None = None
+
+
+Curvature = Mapping[str, LayerCurvature]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Damping:
+    """Damping as a share of the mean eigenvalue, of each layer (`scope="layer"`) or of the whole model."""
+
+    relative: float = 0.1
+    scope: Literal["layer", "model"] = "layer"
+
+    def __post_init__(self) -> None:
+        if not (self.relative > 0 and self.relative < float("inf")):
+            raise ConfigError(f"Damping(relative={self.relative!r}): relative must be a positive number, such as 0.1.")
+        if self.scope not in ("layer", "model"):
+            raise ConfigError(f"Damping(scope={self.scope!r}): scope is 'layer' or 'model'.")
+
+
+def eigenbasis(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """Decompose symmetric matrices `[..., n, n]` in float64.
+
+    Returns eigenvalues `[..., n]`, ascending and clamped at zero, and eigenvectors `[..., n, n]` in columns.
+    """
+    matrix = covariance.double()
+    eigenvalues, eigenvectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
+    return eigenvalues.clamp_(min=0), eigenvectors
+
+
+def resolve_damping(damping: float | Damping | Literal["auto"]) -> float | Damping:
+    """Return a checked damping; `"auto"` is a tenth of each layer's mean eigenvalue.
+
+    Raises:
+        ConfigError: a number below zero, NaN or infinite, or something that is no damping.
+    """
+    if damping == "auto":
+        return Damping()
+    if isinstance(damping, Damping):
+        return damping
+    if isinstance(damping, bool) or not isinstance(damping, int | float) or not 0 <= damping < float("inf"):
+        raise ConfigError(
+            f"damping={damping!r} cannot be used. Give a number of zero or more, 'auto', or whence.Damping(relative=0.1)."
+        )
+    return float(damping)
+
+
+def layer_damping(curvature: Curvature, damping: float | Damping) -> dict[str, float]:
+    """Return the absolute damping of every layer."""
+    known = {name: layer.eigenvalues.double() for name, layer in curvature.items() if layer.eigenvalues is not None}
+    if isinstance(damping, float):
+        return dict.fromkeys(known, damping)
+    if damping.scope == "layer":
+        return {name: damping.relative * values.mean().item() for name, values in known.items()}
+    total = sum(values.sum().item() for values in known.values())
+    return dict.fromkeys(known, damping.relative * total / max(1, sum(values.numel() for values in known.values())))
+
+
+def inverse_weights(curvature: Curvature, damping: float | Damping) -> dict[str, Tensor | None]:
+    """Return `1 / (eigenvalues + damping)` per layer, in float64; None where all weights are one.
+
+    A layer without any curvature (no training gradient ever reached it) weighs nothing.
+
+    Raises:
+        NumericalError: an eigenvalue and the damping are both zero.
+    """
+    amounts = layer_damping(curvature, damping)
+    weights: dict[str, Tensor | None] = {}
+    for name, layer in curvature.items():
+        if layer.eigenvalues is None:
+            weights[name] = None
+            continue
+        values = layer.eigenvalues.double()
+        damped = values + amounts[name]
+        if not values.any():
+            weights[name] = torch.zeros_like(values)
+        elif damped.min() <= 0:
+            raise NumericalError(
+                f"layer {name!r}: {int((damped <= 0).sum())} of {damped.numel()} eigenvalues are zero, and damping={amounts[name]} "
+                "leaves them so; their inverse is infinite. Use damping='auto' or a positive number."
+            )
+        else:
+            weights[name] = damped.reciprocal()
+    return weights

@@ -1,0 +1,152 @@
+"""Fit the curvature: covariances, eigendecompositions, eigenvalues; resumed where an earlier run was stopped."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from whence.capture.contract import working_set
+from whence.capture.pair import IDENTITY, Basis, Pair
+from whence.capture.passes import ObjectiveOf, Rows, loss_of, raise_not_finite, run_block, sampled_loss_of
+from whence.capture.recorder import Recorder
+from whence.capture.tracking import TrackedLayer
+from whence.curvature.basis import LayerCurvature, eigenbasis
+from whence.curvature.strategies import get_strategy
+from whence.runtime.progress import Stages
+from whence.storage.shards import ShardStore
+
+CHECKPOINT_SECONDS = 30.0
+"""Least time between two saves of unfinished sums. It changes no result: sums are the same wherever they resume."""
+
+Sums = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fitter:
+    """One fit: what to run, on which rows, where to keep it."""
+
+    recorder: Recorder
+    rows: Rows
+    strategy: str
+    empirical: bool
+    seed: int
+    store: ShardStore
+    stages: Stages
+
+    def fit(self) -> None:
+        """Run the passes that the strategy needs and leave the result in the store."""
+        strategy = get_strategy(self.strategy)
+        if strategy.eigenbasis:
+            self._fit_bases(scaled=strategy.eigenvalues == "product")
+        if strategy.eigenvalues == "moment" and "eigenvalues" not in self.store.names:
+            self._fit_eigenvalues(load_curvature(self.store, self.recorder.layers))
+
+    def _fit_bases(self, *, scaled: bool) -> None:
+        wanted = [f"basis-{number:04d}" for number in range(len(self.recorder.layers))]
+        if set(wanted) <= set(self.store.names):
+            return
+        consume = partial(_add_covariances, scaled=scaled, budget=working_set(self.rows.device.type))
+        with self.stages.stage("Fit covariances"):
+            sums = self._accumulate("covariances", consume, stream=0)
+        with self.stages.stage("Eigendecompositions"), self.stages.track(len(wanted), "Eigendecompositions") as advance:
+            for shard, layer in zip(wanted, self.recorder.layers, strict=True):
+                if shard not in self.store.names:
+                    self.store.write(shard, self._decomposed(layer, sums, scaled=scaled))
+                advance(1)
+        self.store.remove("covariances")
+
+    def _decomposed(self, layer: TrackedLayer, sums: Sums, *, scaled: bool) -> Sums:
+        """Return the layer's eigenvectors and, for `scaled`, its eigenvalues; nothing if no gradient reached it."""
+        if f"{layer.name}/count" not in sums:
+            return {"eigenvalues": torch.zeros(layer.shape)} if scaled else {}
+        count, device = sums[f"{layer.name}/count"], self.rows.device
+        values_in, inputs = eigenbasis((sums[f"{layer.name}/inputs"] / count).to(device))
+        values_out, outputs = eigenbasis((sums[f"{layer.name}/outputs"] / count).to(device))
+        kept = _kept_type(self.recorder)
+        tensors = {"inputs": inputs.to("cpu", kept), "outputs": outputs.to("cpu", kept)}
+        if scaled:
+            product = values_out[:, :, None] * values_in[:, None, :]
+            norms = (sums[f"{layer.name}/norms"] / len(self.rows)).to(device)
+            scale = norms / product.sum((1, 2)).clamp(min=torch.finfo(product.dtype).tiny)
+            tensors["eigenvalues"] = (product * scale[:, None, None]).to("cpu", kept)
+        return tensors
+
+    def _fit_eigenvalues(self, fitted: dict[str, LayerCurvature]) -> None:
+        kept = _kept_type(self.recorder)
+        bases = {name: layer.basis.to(self.rows.device, kept) for name, layer in fitted.items()}
+        consume = partial(_add_moments, bases=bases, budget=working_set(self.rows.device.type))
+        with self.stages.stage("Fit eigenvalues"):
+            sums = self._accumulate("moments", consume, stream=1)
+        values = {
+            layer.name: sums.get(layer.name, torch.zeros(layer.shape)).div(len(self.rows)).to(kept)
+            for layer in self.recorder.layers
+        }
+        self.store.write("eigenvalues", values)
+        self.store.remove("moments")
+
+    def _accumulate(self, name: str, consume: Callable[[Sums, TrackedLayer, Pair], None], *, stream: int) -> Sums:
+        """Sum over all rows: within a block in the compute type, over blocks in float64 on the CPU."""
+        totals = dict(self.store.read(name)) if name in self.store.names else {}
+        done = int(totals.pop("blocks done", torch.zeros(())))
+        blocks, objective, saved = self.rows.blocks(), self._objective(stream), time.monotonic()
+        with self.stages.track(len(self.rows), f"Fit {name}") as advance:
+            advance(sum(len(block) for block in blocks[:done]))
+            for number, block in enumerate(blocks[done:], start=done + 1):
+                sums: Sums = {}
+                run_block(self.recorder, self.rows, block, objective, lambda _: partial(consume, sums), advance)  # noqa: B023
+                for key, value in sums.items():
+                    if not torch.isfinite(value).all():
+                        raise_not_finite(self.recorder, self.rows, block, objective, f"Fit {name}")
+                    totals[key] = value.double().cpu() + totals.get(key, 0)
+                if time.monotonic() - saved > CHECKPOINT_SECONDS or number == len(blocks):
+                    self.store.write(name, {**totals, "blocks done": torch.tensor(number)})
+                    saved = time.monotonic()
+        return totals
+
+    def _objective(self, stream: int) -> ObjectiveOf:
+        if self.empirical:
+            return loss_of(self.recorder.task)
+        return sampled_loss_of(self.recorder.task, seed=self.seed, stream=stream, device=self.rows.device)
+
+
+def load_curvature(store: ShardStore, layers: list[TrackedLayer]) -> dict[str, LayerCurvature]:
+    """Read what a fit left in a store."""
+    moments = store.read("eigenvalues") if "eigenvalues" in store.names else {}
+    curvature: dict[str, LayerCurvature] = {}
+    for number, layer in enumerate(layers):
+        shard = f"basis-{number:04d}"
+        tensors = store.read(shard) if shard in store.names else {}
+        basis = Basis(inputs=tensors.get("inputs"), outputs=tensors.get("outputs")) if tensors else IDENTITY
+        eigenvalues = moments.get(layer.name, tensors.get("eigenvalues"))
+        curvature[layer.name] = LayerCurvature(basis=basis, eigenvalues=eigenvalues)
+    return curvature
+
+
+def _kept_type(recorder: Recorder) -> torch.dtype:
+    """The model's type, but float32 at least."""
+    return torch.promote_types(next(recorder.model.parameters()).dtype, torch.float32)
+
+
+def _add(sums: Sums, key: str, value: Tensor) -> None:
+    if key in sums:
+        sums[key] += value
+    else:
+        sums[key] = value
+
+
+def _add_covariances(sums: Sums, layer: TrackedLayer, pair: Pair, *, scaled: bool, budget: int) -> None:
+    inputs, outputs, count = pair.covariances()
+    _add(sums, f"{layer.name}/inputs", inputs)
+    _add(sums, f"{layer.name}/outputs", outputs)
+    _add(sums, f"{layer.name}/count", count.double())
+    if scaled:
+        _add(sums, f"{layer.name}/norms", pair.norms(budget).sum(0))
+
+
+def _add_moments(sums: Sums, layer: TrackedLayer, pair: Pair, *, bases: dict[str, Basis], budget: int) -> None:
+    _add(sums, layer.name, pair.sum_of_squares(bases[layer.name], budget))

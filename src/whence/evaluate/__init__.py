@@ -1,0 +1,1 @@
+"""Evidence that scores can be believed."""

@@ -1,0 +1,1 @@
+"""What every stage runs on: devices, batches, keyed noise and progress."""

@@ -1,0 +1,1 @@
+"""Influence scores: pairwise, self-influence, and the matrix that holds them."""

@@ -1,0 +1,96 @@
+"""Pairwise scores: all queries resident, one pass over the training rows, finished blocks on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from whence.capture.contract import working_set
+from whence.capture.pair import Basis, Pair
+from whence.capture.passes import Rows, loss_of, measurement_of, raise_not_finite, run_block
+from whence.capture.recorder import Recorder
+from whence.capture.tracking import TrackedLayer
+from whence.runtime.progress import Stages
+from whence.scores.queries import Resident, make_resident
+from whence.storage.shards import ShardStore
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pairwise:
+    """Scores `[query, train]`: bases and weights (`1 / (eigenvalue + damping)`) by layer, on the rows' device."""
+
+    recorder: Recorder
+    bases: Mapping[str, Basis]
+    weights: Mapping[str, Tensor | None]
+    per_layer: bool
+    store: ShardStore
+    stages: Stages
+
+    def run(self, queries: Rows, train: Rows) -> None:
+        """Write one shard of scores per block of training rows; blocks that are there already are not repeated."""
+        blocks = {f"rows-{block.start:09d}": block for block in train.blocks()}
+        left = {name: block for name, block in blocks.items() if name not in self.store.names}
+        if not left:
+            return
+        with self.stages.stage("Query gradients"):
+            residents = self._precondition(queries, len(train))
+        with self.stages.stage("Pairwise scores"), self.stages.track(len(train), "Pairwise scores") as advance:
+            advance(len(train) - sum(map(len, left.values())))
+            for name, block in left.items():
+                self.store.write(name, self._block(train, block, len(queries), residents, advance))
+
+    def _precondition(self, queries: Rows, train: int) -> dict[str, Resident]:
+        residents: dict[str, Resident] = {}
+        budget = working_set(queries.device.type)
+
+        def consumer_for(first: int) -> Callable[[TrackedLayer, Pair], None]:
+            def consume(layer: TrackedLayer, pair: Pair) -> None:
+                name = layer.name
+                if name not in residents:
+                    residents[name] = make_resident(
+                        pair, self.bases[name], self.weights[name], queries=len(queries), train=train, budget=budget
+                    )
+                residents[name].fill(first, pair)
+
+            return consume
+
+        objective = measurement_of(self.recorder.task)
+        with self.stages.track(len(queries), "Query gradients") as advance:
+            for block in queries.blocks():
+                run_block(
+                    self.recorder, queries, block, objective, lambda place, at=block.start: consumer_for(at + place), advance
+                )
+        for name, resident in residents.items():
+            if not all(torch.isfinite(t).all() for t in vars(resident).values() if isinstance(t, Tensor)):
+                for block in queries.blocks():
+                    raise_not_finite(self.recorder, queries, block, objective, f"Query gradients of layer {name!r}")
+        return residents
+
+    def _block(
+        self, train: Rows, block: range, queries: int, residents: Mapping[str, Resident], advance: Callable[[int], None]
+    ) -> dict[str, Tensor]:
+        kept = torch.promote_types(next(self.recorder.model.parameters()).dtype, torch.float32)
+        names = [layer.name for layer in self.recorder.layers] if self.per_layer else []
+        outputs = {f"layer/{name}": torch.zeros(len(block), queries, dtype=kept, device=train.device) for name in names}
+        outputs["total"] = torch.zeros(len(block), queries, dtype=kept, device=train.device)
+
+        def consumer_for(first: int) -> Callable[[TrackedLayer, Pair], None]:
+            def consume(layer: TrackedLayer, pair: Pair) -> None:
+                if layer.name not in residents:  # no query reached this layer
+                    return
+                scores = residents[layer.name].scores(pair)
+                outputs["total"][first : first + len(scores)] += scores
+                if self.per_layer:
+                    outputs[f"layer/{layer.name}"][first : first + len(scores)] = scores
+
+            return consume
+
+        objective = loss_of(self.recorder.task)
+        run_block(self.recorder, train, block, objective, consumer_for, advance)
+        if not torch.isfinite(outputs["total"]).all():
+            raise_not_finite(self.recorder, train, block, objective, "Pairwise scores")
+        # [query, train], as everywhere outside.
+        return {name: values.mT.contiguous().cpu() for name, values in outputs.items()}

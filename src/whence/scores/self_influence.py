@@ -1,0 +1,74 @@
+"""Self-influence: how strongly an example's own training changed its loss; mislabelled rows stand out.
+
+`self_influence[t] = <grad loss_t, (H + damping)^-1 grad loss_t>`, the diagonal of the pairwise scores when the
+measurement is the loss. Never rotated back: the sum of squared rotated gradients over `eigenvalue + damping`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import torch
+from pyarrow import parquet
+from torch import Tensor
+
+from whence.capture.contract import working_set
+from whence.capture.pair import Basis, Pair
+from whence.capture.passes import Rows, loss_of, raise_not_finite, run_block
+from whence.capture.recorder import Recorder
+from whence.capture.tracking import TrackedLayer
+from whence.runtime.progress import Stages
+from whence.storage.shards import ShardStore
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelfInfluence:
+    """Self-influence of rows, one shard per block."""
+
+    recorder: Recorder
+    bases: Mapping[str, Basis]
+    weights: Mapping[str, Tensor | None]
+    store: ShardStore
+    stages: Stages
+
+    def run(self, train: Rows) -> Tensor:
+        """Return the scores `[train]`; blocks that are in the store already are not repeated."""
+        blocks = {f"rows-{block.start:09d}": block for block in train.blocks()}
+        left = {name: block for name, block in blocks.items() if name not in self.store.names}
+        if left:
+            with self.stages.stage("Self-influence"), self.stages.track(len(train), "Self-influence") as advance:
+                advance(len(train) - sum(map(len, left.values())))
+                for name, block in left.items():
+                    self.store.write(name, {"total": self._block(train, block, advance)})
+        return torch.cat([self.store.read(name)["total"] for name in blocks])
+
+    def _block(self, train: Rows, block: range, advance: Callable[[int], None]) -> Tensor:
+        kept = torch.promote_types(next(self.recorder.model.parameters()).dtype, torch.float32)
+        total = torch.zeros(len(block), dtype=kept, device=train.device)
+        budget = working_set(train.device.type)
+
+        def consumer_for(first: int) -> Callable[[TrackedLayer, Pair], None]:
+            def consume(layer: TrackedLayer, pair: Pair) -> None:
+                weights = self.weights[layer.name]
+                if weights is None:
+                    scores = pair.norms(budget).sum(1)
+                else:
+                    scores = pair.weighted_squares(self.bases[layer.name], weights, budget)
+                total[first : first + len(scores)] += scores
+
+            return consume
+
+        objective = loss_of(self.recorder.task)
+        run_block(self.recorder, train, block, objective, consumer_for, advance)
+        if not torch.isfinite(total).all():
+            raise_not_finite(self.recorder, train, block, objective, "Self-influence")
+        return total.cpu()
+
+
+def to_parquet(path: str | Path, scores: Tensor) -> None:
+    """Write self-influence as a table with the columns `example` and `self_influence`."""
+    table = pa.table({"example": pa.array(range(len(scores)), pa.int64()), "self_influence": scores.double().numpy()})
+    parquet.write_table(table, path)

@@ -1,0 +1,1 @@
+"""What a run leaves on disk: checksummed shards, the run folder and its fingerprints."""
