@@ -193,8 +193,9 @@ class Blocks(nn.Module):
 
     def __init__(self, checkpointed: bool = False) -> None:
         super().__init__()
-        self.enter, self.head, self.checkpointed = nn.Linear(4, 5), nn.Linear(5, 3), checkpointed
+        self.enter, self.checkpointed = nn.Linear(4, 5), checkpointed
         self.blocks = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(5, 6), "down": nn.Linear(6, 5)}) for _ in range(2))
+        self.head = nn.Linear(5, 3)
 
     def block(self, layers: nn.ModuleDict, x: Tensor) -> Tensor:
         return x + layers["down"](torch.tanh(layers["up"](x)))

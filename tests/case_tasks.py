@@ -18,7 +18,7 @@ class ChoiceTask(Classification):
         return torch.arange(len(batch[0])).repeat_interleave(4)
 
 
-class GroupTask(Classification):
+class GroupTask(Task):
     """Each example is a few rows that lie anywhere in the batch; its loss is their sum."""
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
@@ -33,7 +33,7 @@ class GroupTask(Classification):
         return batch["ids"]
 
 
-class PackedTask(Classification):
+class PackedTask(Task):
     """Examples packed into rows of tokens; ids are `[row, position]` and -1 where a row is not full."""
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:

@@ -19,12 +19,12 @@ SRC = Path(whence.__file__).parent
 FILES = sorted(SRC.rglob("*.py"))
 
 # Top to bottom: what stands on a line may import what stands on it or below it. The root package only passes names on,
-# so it stands above all but the command line.
+# so it stands just above what it passes on.
 ORDER = [
     "__main__",
     "cli",
-    "__init__",
     "demo",
+    "__init__",
     "attributor",
     "refit",
     "evaluate",

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from support.models import Case, cross_entropy, vectors
 from torch import Tensor, nn
+
+from support.models import Case, cross_entropy, vectors
 
 TRAIN, QUERIES, CLASSES = 21, 5, 4
 

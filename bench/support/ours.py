@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor, nn
+
 import whence
 from support.models import Case
-from torch import Tensor, nn
 from whence.storage.shards import ShardStore
 from whence.tasks import Task
 
@@ -46,13 +47,14 @@ class Ours:
         """Fit whatever the strategy needs; nothing if the folder holds it."""
         self.attributor.fit(self.case.train, strategy=self.strategy, empirical=True, batch_size=self.batch)
 
-    def fit_eigenvalues(self) -> None:
-        """Run the pass for the eigenvalues again, from the stored eigenbases."""
+    def fit_eigenvalues(self) -> dict[str, Tensor]:
+        """Run the pass for the eigenvalues again, from the stored eigenbases; return them `[group, out, in]` by layer."""
         factors = self.folder / "factors" / self.strategy
         settings = ShardStore.open(factors, kind="factors").settings
         with ShardStore(factors, kind="factors", settings=settings) as store:
             store.remove("eigenvalues")
         self.fit()
+        return ShardStore.open(factors, kind="factors").read("eigenvalues")
 
     def pairwise(self, *, query_batch: int, per_layer: bool = False, count: int | None = None) -> dict[str, Tensor]:
         """Return scores `[query, train]` of the first `count` queries by layer, or under one name."""

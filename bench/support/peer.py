@@ -8,13 +8,13 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
 from kronfluence.analyzer import Analyzer, prepare_model
 from kronfluence.arguments import FactorArguments, ScoreArguments
 from kronfluence.task import Task
 from kronfluence.utils.dataset import DataLoaderKwargs
-from support.models import Case
 from torch import Tensor, nn
+
+from support.models import Case
 
 FACTORS = "factors"
 
@@ -65,12 +65,12 @@ class Peer:
     `damping=None` is the peer's 0.1 of each layer's mean eigenvalue. Files go to `folder`; `rewrite` makes `Conv1D` into Linear.
     """
 
-    def __init__(self, case: Case, *, strategy: str, batch: int, folder: Path, rewrite: bool = True) -> None:
+    def __init__(self, case: Case, *, strategy: str, batch: int, folder: Path, rewrite: bool = True, copy_model: bool = True) -> None:
         warnings.filterwarnings("ignore", category=FutureWarning)
         logging.disable(logging.WARNING)
         task = PeerTask(case)
         # The wrappers replace layers in place, so the peer gets a model of its own.
-        model = copy.deepcopy(case.model)
+        model = copy.deepcopy(case.model) if copy_model else case.model
         model = prepare_model(rewrite_conv1d(model) if rewrite else model, task)
         self.case, self.batch = case, batch
         self.analyzer = Analyzer("peer", model, task, cpu=True, disable_tqdm=True, output_dir=str(folder))
@@ -80,29 +80,18 @@ class Peer:
             covariance_max_examples=None, lambda_max_examples=None,
         )  # fmt: skip
 
-    def fit_covariances(self) -> None:
-        """Run the pass over the training data that sums covariances."""
-        self.analyzer.fit_covariance_matrices(
-            FACTORS, self.case.train, per_device_batch_size=self.batch, factor_args=self.factors,
-            overwrite_output_dir=True,
-        )  # fmt: skip
-
-    def decompose(self) -> None:
-        """Compute the eigendecompositions of the stored covariances."""
-        self.analyzer.perform_eigendecomposition(FACTORS, factor_args=self.factors, overwrite_output_dir=True)
-
-    def fit_eigenvalues(self) -> None:
-        """Run the pass over the training data that sums squared gradients in the eigenbasis."""
+    def fit_eigenvalues(self) -> dict[str, Tensor]:
+        """Run the pass that sums squared gradients in the eigenbasis, again; return the sums `[out, in]` by layer."""
         self.analyzer.fit_lambda_matrices(
             FACTORS, self.case.train, per_device_batch_size=self.batch, factor_args=self.factors,
             overwrite_output_dir=True,
         )  # fmt: skip
+        return self.analyzer.load_lambda_matrices(FACTORS)["lambda_matrix"]
 
     def fit(self) -> None:
-        """Fit whatever the strategy needs."""
+        """Fit whatever the strategy needs; nothing if the folder holds it."""
         self.analyzer.fit_all_factors(
-            FACTORS, self.case.train, per_device_batch_size=self.batch, factor_args=self.factors,
-            overwrite_output_dir=True,
+            FACTORS, self.case.train, per_device_batch_size=self.batch, factor_args=self.factors
         )  # fmt: skip
 
     def pairwise(self, *, query_batch: int, per_layer: bool = False, count: int | None = None) -> dict[str, Tensor]:

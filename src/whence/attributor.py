@@ -157,7 +157,7 @@ class Attributor:
             NotFittedError: `fit` was not called. MismatchError: what is in the run folder belongs to another model,
             data set or setting. DataError, NumericalError: as `fit`.
         """
-        query_rows = self._rows(queries, range(check_dataset(queries, "query")), query_batch_size)
+        query_rows = self._rows(queries, range(check_dataset(queries, "query")), query_batch_size, "query_batch_size")
         train_rows = self._rows(train, range(check_dataset(train, "training")), batch_size)
         strategy, checked = self._chosen(strategy), resolve_damping(damping)
         with self._session(train_rows) as (recorder, identity):
@@ -216,9 +216,9 @@ class Attributor:
         self._record("self_influence", settings)
         return values
 
-    def _rows(self, dataset: Any, indices: Sequence[int], batch_size: int) -> Rows:
+    def _rows(self, dataset: Any, indices: Sequence[int], batch_size: int, name: str = "batch_size") -> Rows:
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ConfigError(f"batch_size={batch_size!r} cannot be used; give a number of rows, 1 or more.")
+            raise ConfigError(f"{name}={batch_size!r} cannot be used; give a number of rows, 1 or more.")
         return Rows(dataset=dataset, indices=indices, batch_size=batch_size, collate=self.collate, device=self.device)
 
     def _drawn(self, rows: int, max_examples: int | None) -> list[int]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -343,7 +342,7 @@ def test_names_that_cannot_be_files_are_refused(tmp_path: Path, name: str) -> No
 
 def test_names_cannot_leave_the_folder(tmp_path: Path) -> None:
     with make(tmp_path / "store") as store:
-        for name in ("..", "../x", "/tmp/x", "a\0b", "con", "n" * 180):
+        for name in ("..", "../x", "/x", "a\0b", "con", "n" * 180):
             store.write(name, {"x": torch.ones(1)})
             assert store.read(name)["x"] == 1
     assert list(tmp_path.iterdir()) == [tmp_path / "store"]
@@ -412,7 +411,6 @@ def test_a_folder_that_cannot_be_written_is_one_clear_error(tmp_path: Path, monk
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
 def test_a_read_only_folder_is_one_clear_error(tmp_path: Path) -> None:
     make(tmp_path / "store").close()
-    shutil.rmtree(tmp_path / "other", ignore_errors=True)
     (tmp_path / "store").chmod(0o500)
     try:
         with pytest.raises(StorageError, match=r"cannot write .* make the folder writable"), make(tmp_path / "store") as store:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from whence.capture.pair import Pair
 from whence.capture.recorder import Consumer, Objective, Recorder
@@ -66,14 +65,13 @@ def sampled_loss_of(task: Task, *, seed: int, stream: int, device: torch.device)
     """Return the loss with labels drawn from the model, by noise keyed with (seed, stream, example id)."""
 
     def objective(batch: Batch) -> Objective:
-        noise = KeyedNoise(seed=seed, stream=stream, ids=batch.ids, device=device)
-        return partial(_sampled, task, noise)
+        def sampled(model: nn.Module, data: Any) -> Tensor:
+            # Made anew at each call: a batch that must be run again draws the same labels again.
+            return task.sampled_loss(model, data, KeyedNoise(seed=seed, stream=stream, ids=batch.ids, device=device))
+
+        return sampled
 
     return objective
-
-
-def _sampled(task: Task, noise: KeyedNoise, model: torch.nn.Module, batch: Any) -> Tensor:
-    return task.sampled_loss(model, batch, noise)
 
 
 def run_block(
@@ -87,7 +85,7 @@ def run_block(
     """Run the batches of a block; `consumer_for(place)` gets the place of a batch's first row within the block."""
     place = 0
     for batch in rows.batches(block):
-        recorder.run(batch.data, objective(batch), consumer_for(place))
+        recorder.run(batch, objective(batch), consumer_for(place))
         place += len(batch.ids)
         advance(len(batch.ids))
 
@@ -115,7 +113,7 @@ def raise_not_finite(recorder: Recorder, rows: Rows, block: range, objective: Ob
 
         recorder.observers.append(watch)
         try:
-            losses = recorder.run(batch.data, objective(batch), gradients)
+            losses = recorder.run(batch, objective(batch), gradients)
         finally:
             recorder.observers.clear()
         if not found and not torch.isfinite(losses).all():

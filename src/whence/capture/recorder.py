@@ -23,6 +23,7 @@ from whence.capture.pair import Pair
 from whence.capture.regroup import Regrouping
 from whence.capture.tracking import TrackedLayer
 from whence.errors import DataError, LayerError
+from whence.runtime.batches import Batch
 from whence.tasks import Task
 
 Consumer = Callable[[TrackedLayer, Pair], None]
@@ -100,7 +101,7 @@ class Recorder:
         self._left_out.add(name)
         self.silent.discard(name)
 
-    def run(self, batch: Any, objective: Objective, consumer: Consumer) -> Tensor:
+    def run(self, batch: Batch, objective: Objective, consumer: Consumer) -> Tensor:
         """Run one batch forward and backward; return the objective's values `[example]`, detached.
 
         `consumer(layer, pair)` is called once per layer that took part, in the order of the backward pass.
@@ -111,7 +112,8 @@ class Recorder:
             assert now is not None
             now.backward = True
             if values.requires_grad:
-                values.sum().backward()
+                with torch.enable_grad():
+                    values.sum().backward()
             # What is left had a call whose output reached no loss.
             for name in list(now.pieces):
                 self._complete(name)
@@ -135,23 +137,23 @@ class Recorder:
             self._pass = None
             self.observers.clear()
 
-    def _forward(self, batch: Any, objective: Objective, consumer: Consumer) -> Tensor:
+    def _forward(self, batch: Batch, objective: Objective, consumer: Consumer) -> Tensor:
         while True:
             now = self._pass = _Pass(consumer=consumer)
-            now.masks = self.task.padding_mask(batch)
+            now.masks = self.task.padding_mask(batch.data)
             with torch.enable_grad():
-                values = objective(self.model, batch)
-            if values.dim() != 1:
+                values = objective(self.model, batch.data)
+            if values.shape != (len(batch.ids),):
                 raise DataError(
-                    f"{type(self.task).__name__} gave a loss of shape {tuple(values.shape)}; "
-                    "it must be one number per example, [batch], summed over the example's tokens and never over the batch."
+                    f"{type(self.task).__name__} gave a loss of shape {tuple(values.shape)} for {len(batch.ids)} rows; it must be "
+                    f"one number per row of the data set, [{len(batch.ids)}], summed over the row's tokens and never over the batch."
                 )
             overwritten = {call.layer.name for call in now.pending if call.overwritten}
             if not overwritten:
                 break
             # A later in-place operation changed an input that was kept by reference: keep copies from now on.
             self._copied |= overwritten
-        ids = self.task.example_ids(batch)
+        ids = self.task.example_ids(batch.data)
         now.regrouping = None if ids is None else Regrouping(ids, len(values))
         now.rows = len(values) if now.regrouping is None else now.regrouping.rows
         now.pending.clear()

@@ -111,12 +111,11 @@ def track(model: nn.Module, layers: str | Sequence[str] | None = None) -> tuple[
 
 
 def _matching(modules: dict[str, nn.Module], patterns: Sequence[str]) -> dict[str, nn.Module]:
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in modules):
-            raise LayerError(
-                f"layers={list(patterns)!r}: {pattern!r} matches no layer. The model's layers with parameters are: "
-                + ", ".join(list(modules)[:20]) + ("..." if len(modules) > 20 else ".")
-            )  # fmt: skip
+    idle = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in modules)]
+    if idle or not patterns:
+        listed = ", ".join(map(repr, list(modules)[:20])) + ("..." if len(modules) > 20 else ".")
+        problem = f"{', '.join(map(repr, idle))} matches no layer" if patterns else "it names none"
+        raise LayerError(f"layers={list(patterns)!r}: {problem}. The model's layers with parameters are: {listed}")
     return {name: m for name, m in modules.items() if any(fnmatchcase(name, p) for p in patterns)}
 
 
@@ -181,7 +180,7 @@ def _add(found: dict[tuple[int, ...], TrackedLayer], name: str, module: nn.Modul
 
 
 def _nothing_tracked(tracked: list[TrackedLayer], refused: list[tuple[str, str]]) -> str:
-    listed = "; ".join(f"{name}: {reason}" for name, reason in refused[:8])
+    listed = "; ".join(f"{name!r}: {reason}" for name, reason in refused[:8])
     if tracked:
         return f"layers=... names layers that cannot be tracked ({listed}). Name others, or leave layers out for the default."
     return (

@@ -30,4 +30,4 @@ def demo(
     from whence.demo import run_demo
 
     result = run_demo(out=out, seed=seed)
-    output.data([str(result)], {"result": result}, as_json=json)
+    output.data(str(result).splitlines(), result.to_json(), as_json=json)

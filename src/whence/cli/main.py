@@ -32,7 +32,7 @@ EXAMPLES = {
 # What the library's remedy, a Python call, is on the command line.
 HINTS: dict[type[WhenceError], str] = {
     NotFittedError: " On the command line: whence fit.",
-    MismatchError: " On the command line: --overwrite, or another --run-dir.",
+    MismatchError: " On the command line: --overwrite with the verb that wrote it, or another --run-dir.",
 }
 
 VERBS: dict[str, Callable[..., None]] = {
@@ -63,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status; `arguments` as in `sys.argv[1:]`, the default."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     app = make_app()
+    app.meta.suppress_keyboard_interrupt = False
 
     @app.meta.default
     def launch(

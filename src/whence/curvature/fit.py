@@ -58,15 +58,16 @@ class Fitter:
                 if shard not in self.store.names:
                     self.store.write(shard, self._decomposed(layer, sums, scaled=scaled))
                 advance(1)
-        self.store.remove("covariances")
+        self._forget("covariances")
 
     def _decomposed(self, layer: TrackedLayer, sums: Sums, *, scaled: bool) -> Sums:
         """Return the layer's eigenvectors and, for `scaled`, its eigenvalues; nothing if no gradient reached it."""
         if f"{layer.name}/count" not in sums:
             return {"eigenvalues": torch.zeros(layer.shape)} if scaled else {}
         count, device = sums[f"{layer.name}/count"], self.rows.device
-        values_in, inputs = eigenbasis((sums[f"{layer.name}/inputs"] / count).to(device))
-        values_out, outputs = eigenbasis((sums[f"{layer.name}/outputs"] / count).to(device))
+        # Taken out of the sums, so that a layer's covariances go as its eigenvectors come.
+        values_in, inputs = eigenbasis(sums.pop(f"{layer.name}/inputs").div_(count).to(device))
+        values_out, outputs = eigenbasis(sums.pop(f"{layer.name}/outputs").div_(count).to(device))
         kept = _kept_type(self.recorder)
         tensors = {"inputs": inputs.to("cpu", kept), "outputs": outputs.to("cpu", kept)}
         if scaled:
@@ -87,7 +88,12 @@ class Fitter:
             for layer in self.recorder.layers
         }
         self.store.write("eigenvalues", values)
-        self.store.remove("moments")
+        self._forget("moments")
+
+    def _forget(self, name: str) -> None:
+        """Drop unfinished sums that have become a result."""
+        if name in self.store.names:
+            self.store.remove(name)
 
     def _accumulate(self, name: str, consume: Callable[[Sums, TrackedLayer, Pair], None], *, stream: int) -> Sums:
         """Sum over all rows: within a block in the compute type, over blocks in float64 on the CPU."""
@@ -102,8 +108,8 @@ class Fitter:
                 for key, value in sums.items():
                     if not torch.isfinite(value).all():
                         raise_not_finite(self.recorder, self.rows, block, objective, f"Fit {name}")
-                    totals[key] = value.double().cpu() + totals.get(key, 0)
-                if time.monotonic() - saved > CHECKPOINT_SECONDS or number == len(blocks):
+                    totals[key] = totals[key].add_(value.cpu()) if key in totals else value.double().cpu()
+                if time.monotonic() - saved > CHECKPOINT_SECONDS:
                     self.store.write(name, {**totals, "blocks done": torch.tensor(number)})
                     saved = time.monotonic()
         return totals

@@ -64,6 +64,15 @@ class KeyFigure:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Strips:
+    """Rows in several orders, from first to last, with some of them marked: `(name, drawing)` by `plots.strip`."""
+
+    caption: str
+    strips: Sequence[tuple[str, str]]
+    ticks: Sequence[float] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Section:
     """A part of the page, with a heading, its entry in the page's index and a lead in plain words, by paragraphs."""
 
@@ -146,6 +155,7 @@ class Page:
         kicker: what kind of page this is, in a few words.
         title: what was found, as a headline.
         summary: the same in a few plain sentences, by paragraphs.
+        strips: the finding at a glance.
         figures: the numbers to remember.
         footer: what made the page.
     """
@@ -153,6 +163,7 @@ class Page:
     kicker: str
     title: str
     summary: Sequence[str]
+    strips: Strips | None = None
     figures: Sequence[KeyFigure]
     sections: Sequence[Section]
     footer: str

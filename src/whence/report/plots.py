@@ -8,6 +8,7 @@ from __future__ import annotations
 import html
 import io
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -52,12 +53,28 @@ def share_curves(curves: Sequence[Curve], *, x_label: str, y_label: str, descrip
         for curve in curves:
             # The points past the end would be cut off by the frame anyway; left out, they weigh nothing in the file.
             shown = curve.x <= x_end + 1e-9
-            axes.plot(curve.x[shown].tolist(), curve.y[shown].tolist(), label=curve.name, **_STYLES[curve.style])
-        axes.set(xlim=(0, x_end), ylim=(0, 1.03), xlabel=x_label, ylabel=y_label)
+            axes.plot(curve.x[shown].tolist(), curve.y[shown].tolist(), label=_plain(curve.name), **_STYLES[curve.style])
+        axes.set(xlim=(0, x_end), ylim=(0, 1.03), xlabel=_plain(x_label), ylabel=_plain(y_label))
         axes.xaxis.set_major_formatter(_percent)
         axes.yaxis.set_major_formatter(_percent)
-        axes.legend(loc="lower right", bbox_to_anchor=(1, 0.08), **_LEGEND)
+        axes.legend(loc="center right", bbox_to_anchor=(1, 0.62), **_LEGEND)
         return _svg(figure, description)
+
+
+def strip(marked: Tensor, *, description: str) -> str:
+    """Draw rows in their order as one strip from left to right, with a line for each row that is marked, bool `[row]`.
+
+    Args:
+        description: what the drawing shows, for readers who do not see it.
+    """
+    # Neighbours become one shape; the browser would show a seam between two.
+    edges = torch.cat([torch.zeros(1), marked.float(), torch.zeros(1)]).diff()
+    starts, ends = (edges > 0).nonzero().flatten().tolist(), (edges < 0).nonzero().flatten().tolist()
+    path = "".join(f"M{start} 0H{end}V1H{start}z" for start, end in zip(starts, ends, strict=True))
+    return (
+        f'<svg viewBox="0 0 {max(len(marked), 1)} 1" preserveAspectRatio="none" role="img" aria-label="{html.escape(description)}">'
+        f'<path d="{path}"/></svg>'
+    )
 
 
 def log_histogram(groups: Sequence[tuple[str, Tensor]], *, x_label: str, y_label: str, description: str, bins: int = 36) -> str:
@@ -78,15 +95,21 @@ def log_histogram(groups: Sequence[tuple[str, Tensor]], *, x_label: str, y_label
         base = torch.zeros(bins, dtype=torch.float64)
         for (name, part), colour in zip(kept, [_SOFT] * (len(kept) - 1) + [_ACCENT], strict=True):
             counts = torch.histogram(part, edges).hist
-            axes.bar(edges[:-1].tolist(), counts.tolist(), edges.diff().tolist(), base.tolist(), align="edge", color=colour, label=name)
+            axes.bar(edges[:-1].tolist(), counts.tolist(), edges.diff().tolist(), base.tolist(), align="edge", color=colour, label=_plain(name))
             base += counts
-        axes.set(xscale="log", xlabel=x_label, ylabel=y_label)
+        axes.set(xscale="log", xlabel=_plain(x_label), ylabel=_plain(y_label))
         axes.minorticks_off()
-        axes.legend(loc="upper right", **_LEGEND)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}" if value < 1 else f"{value:,.0f}")
+        axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=len(kept), columnspacing=1.6, **_LEGEND)
         return _svg(figure, description)
 
 
 _LEGEND = {"frameon": False, "handlelength": 1.8, "labelspacing": 0.35, "borderaxespad": 0.2, "labelcolor": _INK}
+
+
+def _plain(text: str) -> str:
+    """Return text that can be drawn and written: lone surrogates and control characters become question marks."""
+    return re.sub(r"[\x00-\x1f\x7f\ud800-\udfff]", "?", text)
 
 
 def _percent(value: float, _: Any = None) -> str:
@@ -136,7 +159,10 @@ class _Drawing:
 def _svg(figure: Any, description: str) -> str:
     """Return the figure as an `<svg>` element for use within HTML."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    with warnings.catch_warnings():
+        # The text is set in the reader's fonts; matplotlib's own only measures it.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     drawn = buffer.getvalue()
     box = re.search(r'viewBox="([\d. ]+)"', drawn)
     body = re.sub(r"<metadata>.*?</metadata>", "", drawn[drawn.index(">", drawn.index("<svg")) + 1 :], flags=re.DOTALL)

@@ -15,6 +15,11 @@ from whence.errors import ConfigError, StorageError
 from whence.storage.shards import ShardStore
 
 
+def layer_key(number: int, name: str) -> str:
+    """Return the name of a layer's scores in a file; numbered, since files keep their tensors by sorted name."""
+    return f"layer/{number:05d}/{name}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Scores:
     """Influence scores, float32 on the CPU (float64 for a float64 model).
@@ -60,10 +65,11 @@ class Scores:
 
     def save(self, folder: str | Path) -> None:
         """Write the scores into a folder of their own, replacing scores that are there."""
-        path = Path(folder)
-        tensors = {"total": self.values, **{f"layer/{name}": values for name, values in self.per_layer.items()}}
-        with ShardStore(path, kind="scores", settings=self.settings, overwrite=True) as store:
-            store.write("rows-000000000", {name: values.contiguous() for name, values in tensors.items()})
+        layers = {layer_key(number, name): values for number, (name, values) in enumerate(self.per_layer.items())}
+        with ShardStore(Path(folder), kind="scores", settings=self.settings, overwrite=True) as store:
+            for name in store.names:
+                store.remove(name)
+            store.write("rows-000000000", {"total": self.values, **layers})
             store.finish({})
 
     @classmethod
@@ -78,7 +84,7 @@ class Scores:
             raise StorageError(f"{folder}: these scores are unfinished. Run the command that makes them again; it continues.")
         shards = [store.read(name) for name in sorted(store.names)]
         joined = {key: torch.cat([shard[key] for shard in shards], dim=1) for key in shards[0]}
-        layers = {key.removeprefix("layer/"): values for key, values in joined.items() if key != "total"}
+        layers = {key.split("/", 2)[2]: joined[key] for key in sorted(joined) if key != "total"}
         return cls(values=joined["total"], per_layer=layers, settings=store.settings)
 
     def to_parquet(self, path: str | Path, *, k: int = 100) -> None:

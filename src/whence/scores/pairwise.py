@@ -14,6 +14,7 @@ from whence.capture.passes import Rows, loss_of, measurement_of, raise_not_finit
 from whence.capture.recorder import Recorder
 from whence.capture.tracking import TrackedLayer
 from whence.runtime.progress import Stages
+from whence.scores.matrix import layer_key
 from whence.scores.queries import Resident, make_resident
 from whence.storage.shards import ShardStore
 
@@ -73,9 +74,10 @@ class Pairwise:
         self, train: Rows, block: range, queries: int, residents: Mapping[str, Resident], advance: Callable[[int], None]
     ) -> dict[str, Tensor]:
         kept = torch.promote_types(next(self.recorder.model.parameters()).dtype, torch.float32)
-        names = [layer.name for layer in self.recorder.layers] if self.per_layer else []
-        outputs = {f"layer/{name}": torch.zeros(len(block), queries, dtype=kept, device=train.device) for name in names}
-        outputs["total"] = torch.zeros(len(block), queries, dtype=kept, device=train.device)
+        layers = self.recorder.layers if self.per_layer else []
+        keys = {layer.name: layer_key(number, layer.name) for number, layer in enumerate(layers)}
+        empty = torch.zeros(len(block), queries, dtype=kept, device=train.device)
+        outputs = {key: empty.clone() for key in ("total", *keys.values())}
 
         def consumer_for(first: int) -> Callable[[TrackedLayer, Pair], None]:
             def consume(layer: TrackedLayer, pair: Pair) -> None:
@@ -84,7 +86,7 @@ class Pairwise:
                 scores = residents[layer.name].scores(pair)
                 outputs["total"][first : first + len(scores)] += scores
                 if self.per_layer:
-                    outputs[f"layer/{layer.name}"][first : first + len(scores)] = scores
+                    outputs[keys[layer.name]][first : first + len(scores)] = scores
 
             return consume
 

@@ -73,11 +73,9 @@ class ShardStore:
         present = plain_json(settings, "settings")
         self._lock: FileLock | None = self._acquire()
         try:
-            if (self.folder / _MANIFEST).exists():
-                self._manifest = _read_manifest(self.folder)
-                _compare(self.folder, self._manifest, kind, present)
-            else:
-                self._save(_Manifest(kind, present, {}, False, {}))
+            self._manifest = _Manifest(kind, present, {}, False, {})
+            if not self._reopened(overwrite):
+                self._save(self._manifest)
             self._clean()
         except BaseException:
             self.close()

@@ -1,0 +1,146 @@
+"""The program as people start it: help, examples, streams and signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+import whence
+from whence.cli import options
+from whence.cli.main import EXAMPLES, VERBS
+
+WHENCE = [sys.executable, "-m", "whence"]
+SLOW_RECIPE = """
+import time
+from recipe import tiny
+
+def slow():
+    recipe = tiny()
+    print("ready", flush=True)
+    recipe.task.inspect_row = lambda *row: time.sleep(30)
+    return recipe
+"""
+
+
+def program(*arguments: str, **more: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*WHENCE, *arguments], capture_output=True, text=True, timeout=300, check=False, **more)
+
+
+def test_every_verb_has_help_with_its_example(run: Any) -> None:
+    assert set(EXAMPLES) == set(VERBS)
+    overview = run("--help")
+    assert overview.status == 0
+    for verb, example in EXAMPLES.items():
+        assert verb in overview.out
+        done = run(verb, "--help")
+        assert done.status == 0, done.err
+        assert example in done.out
+        assert "--json" in done.out
+        assert "--config" in done.out
+
+
+def test_every_option_has_help() -> None:
+    """A field without a docstring would be an option that nobody explains."""
+    source = Path(options.__file__).read_text(encoding="utf-8").splitlines()
+    groups = [value for name, value in vars(options).items() if name.endswith("Options") and is_dataclass(value)]
+    assert groups
+    for group in groups:
+        for field in fields(group):
+            places = [number for number, line in enumerate(source) if line.startswith(f"    {field.name}: ")]
+            assert places, field.name
+            assert all(source[place + 1].startswith('    """') for place in places), f"{group.__name__}.{field.name}"
+
+
+def test_strategies_are_those_of_the_library() -> None:
+    from whence.curvature.strategies import STRATEGIES
+
+    assert set(get_args(options.Strategy)) == set(STRATEGIES)
+
+
+def test_version(run: Any) -> None:
+    assert run("--version").out == f"whence {whence.__version__}\n"
+
+
+def test_no_verb_shows_the_overview(run: Any) -> None:
+    done = run()
+    assert done.status == 0
+    assert "demo" in done.out
+
+
+def test_the_program_starts_quickly() -> None:
+    fastest = min(timed_help() for _ in range(3))
+    assert fastest < 0.5, f"whence --help takes {fastest:.2f} s; is torch imported at the top of a module?"
+
+
+def timed_help() -> float:
+    start = time.perf_counter()
+    assert program("--help").returncode == 0
+    return time.perf_counter() - start
+
+
+def test_the_program_from_end_to_end(here: Path) -> None:
+    for arguments in (("fit", "recipe.py:tiny"), ("score", "recipe.py:tiny"), ("self", "recipe.py:tiny"), ("top", "recipe.py:tiny")):
+        done = program(*arguments, "--json", cwd=here)
+        assert done.returncode == 0, done.stderr
+        assert isinstance(json.loads(done.stdout), dict)
+    failed = program("fit", "nothing.py:x", cwd=here)
+    assert (failed.returncode, failed.stdout) == (2, "")
+    assert "Traceback" not in failed.stderr
+
+
+@pytest.mark.slow
+def test_the_examples_in_the_help_work(here: Path) -> None:
+    for verb in ("fit", "score", "self", "top", "demo"):
+        name, *arguments = shlex.split(EXAMPLES[verb])
+        assert name == "whence"
+        done = program(*arguments, cwd=here)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout
+    assert (here / "runs/demo/report.html").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_ctrl_c_ends_with_one_line(here: Path) -> None:
+    (here / "slow.py").write_text(SLOW_RECIPE, encoding="utf-8")
+    started = subprocess.Popen(
+        [*WHENCE, "fit", "slow.py:slow"], cwd=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert started.stdout
+    assert started.stdout.readline() == "ready\n"
+    time.sleep(1)
+    started.send_signal(signal.SIGINT)
+    out, err = started.communicate(timeout=60)
+    assert started.returncode == 130
+    assert out == ""
+    assert "the same command continues" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes")
+def test_a_reader_that_has_enough_is_no_error(here: Path) -> None:
+    for verb in ("fit", "score"):
+        assert program(verb, "recipe.py:tiny", "--strategy", "identity", cwd=here).returncode == 0
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [*WHENCE, "top", "recipe.py:tiny", "--strategy", "identity"],
+        cwd=here,
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    os.close(writing)
+    assert done.returncode == 0
+    assert "Traceback" not in done.stderr
+    assert "BrokenPipe" not in done.stderr
