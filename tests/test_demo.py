@@ -12,7 +12,7 @@ import torch
 from whence.attributor import Attributor
 from whence.demo import DemoResult, run_demo
 from whence.errors import ConfigError
-from whence.report.digits import signed
+from whence.report.digits_findings import signed
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +94,8 @@ def test_a_missing_extra_is_reported_before_any_work(tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("score", "text"), [(17776.9, "+17,777"), (-3.14159, "\u22123.14"), (0.0, "+0"), (-99.96, "\u2212100"), (0.00123, "+0.00123")])
+@pytest.mark.parametrize(
+    ("score", "text"), [(17776.9, "+17,777"), (-3.14159, "\u22123.14"), (0.0, "+0"), (-99.96, "\u2212100"), (0.00123, "+0.00123")]
+)
 def test_scores_have_a_sign(score, text):
     assert signed(score) == text

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from whence.capture.pair import Basis
 from whence.capture.passes import Rows
 from whence.capture.recorder import Recorder
-from whence.capture.tracking import Coverage, TrackedLayer, track
+from whence.capture.tracking import TrackedLayer, track
 from whence.curvature.basis import Damping, LayerCurvature, inverse_weights, resolve_damping
 from whence.curvature.fit import Fitter, load_curvature
 from whence.curvature.strategies import STRATEGIES, StrategyName, get_strategy
@@ -208,9 +208,7 @@ class Attributor:
             self._survey(recorder, rows)
             with self._store("self_influence", strategy, settings, overwrite) as store:
                 bases, weights = self._preconditioner(factors, checked, recorder.layers)
-                values = SelfInfluence(
-                    recorder=recorder, bases=bases, weights=weights, store=store, stages=self.stages
-                ).run(rows)
+                values = SelfInfluence(recorder=recorder, bases=bases, weights=weights, store=store, stages=self.stages).run(rows)
                 if not store.complete:
                     store.finish({})
         self._record("self_influence", settings)
@@ -236,18 +234,19 @@ class Attributor:
         with recorder.recording():
             with torch.no_grad():
                 self.task.prepare(self.model, self._sample(train))
-            yield recorder, {
-                "model": fingerprint_model(self.model),
-                "task": fingerprint_source(self.task),
-                "task options": {name: repr(value) for name, value in sorted(vars(self.task).items())},
-                "layers": {layer.name: list(layer.shape) for layer in self._layers},
-            }
+            yield (
+                recorder,
+                {
+                    "model": fingerprint_model(self.model),
+                    "task": fingerprint_source(self.task),
+                    "task options": {name: repr(value) for name, value in sorted(vars(self.task).items())},
+                    "layers": {layer.name: list(layer.shape) for layer in self._layers},
+                },
+            )
 
     def _sample(self, rows: Rows) -> Any:
         """Two rows as a batch: enough to see an output, and whether a layer is called on the batch's axis."""
-        return next(
-            iterate_batches(rows.dataset, rows.indices[:2], batch_size=2, collate=rows.collate, device=rows.device)
-        ).data
+        return next(iterate_batches(rows.dataset, rows.indices[:2], batch_size=2, collate=rows.collate, device=rows.device)).data
 
     def _survey(self, recorder: Recorder, train: Rows) -> None:
         """Leave out layers that are called without the batch's axis, such as those on position embeddings."""

@@ -20,7 +20,8 @@ from whence.errors import ConfigError
 from whence.evaluate.mislabeled import recall_curve
 from whence.recipes.base import Recipe
 from whence.recipes.digits import DigitsData, DigitsSettings, build_network, load_data, make_recipe, predict, train_network
-from whence.report.digits import DigitsFindings, Misread, digits_page
+from whence.report.digits import digits_page
+from whence.report.digits_findings import DigitsFindings, Misread
 from whence.report.page import require_extra, write_page
 from whence.scores.matrix import Scores
 from whence.storage.run import explain_write_errors, write_json_atomic
@@ -130,7 +131,9 @@ def _claim(out: Path, settings: DigitsSettings) -> None:
     """Make the folder and mark it as the demo's; without the mark nothing in it would be replaced."""
     others = out.is_file() or (out.is_dir() and any(not entry.name.startswith(".") for entry in out.iterdir()))
     if others and not (out / _MARKER).is_file():
-        raise ConfigError(f"{out} holds something that is no demo, which would be replaced. Choose a new or empty folder with out=..., or --out.")
+        raise ConfigError(
+            f"{out} holds something that is no demo, which would be replaced. Choose a new or empty folder with out=..., or --out."
+        )
     with explain_write_errors(out):
         out.mkdir(parents=True, exist_ok=True)
     write_json_atomic(out / _MARKER, {"demo": "digits", **asdict(settings)})

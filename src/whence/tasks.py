@@ -99,9 +99,7 @@ class Classification(_Supervised):
 
     ignore_index = -100
 
-    def __init__(
-        self, *, inputs: int | str = 0, labels: int | str = 1, measurement: Literal["loss", "margin"] = "loss"
-    ) -> None:
+    def __init__(self, *, inputs: int | str = 0, labels: int | str = 1, measurement: Literal["loss", "margin"] = "loss") -> None:
         if measurement not in ("loss", "margin"):
             raise ConfigError(f"measurement={measurement!r} is not known; choose 'loss' or 'margin'.")
         self.input_key, self.target_key, self.measure = inputs, labels, measurement

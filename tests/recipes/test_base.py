@@ -35,7 +35,9 @@ def test_an_object_and_a_factory_are_both_recipes(tmp_path):
 
 def test_a_recipe_file_imports_its_neighbours_even_late_and_leaves_the_path_alone(tmp_path):
     (tmp_path / "neighbour_of_a_recipe.py").write_text("rows = [1, 2, 3]\n")
-    file = write(tmp_path, f"def make():\n    from neighbour_of_a_recipe import rows\n    made = {GOOD}\n    made.train = rows\n    return made\n")
+    file = write(
+        tmp_path, f"def make():\n    from neighbour_of_a_recipe import rows\n    made = {GOOD}\n    made.train = rows\n    return made\n"
+    )
     before = list(sys.path)
     assert load_recipe(f"{file}:make").train == [1, 2, 3]
     assert sys.path == before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import re
 import struct
 import sys
@@ -73,7 +74,13 @@ def full_page(text: str) -> p.Page:
         figures=[p.KeyFigure(value=text, label=text)],
         sections=[
             p.Gallery(**head, short=text, examples=[one], more=[one], more_label=text),
-            p.Cases(**head, short="cases", cases=[p.Case(query=one, proponents=[one], opponents=[one])], proponents_label=text, opponents_label=text),
+            p.Cases(
+                **head,
+                short="cases",
+                cases=[p.Case(query=one, proponents=[one], opponents=[one])],
+                proponents_label=text,
+                opponents_label=text,
+            ),
             p.Evidence(**head, short="evidence", charts=[p.Chart(title=text, svg=svg, caption=text)], tables=[table]),
             p.Terms(**head, short="terms", entries=[(text, text)]),
         ],
@@ -118,7 +125,7 @@ def test_the_page_can_be_read_without_seeing_it():
     assert all(attributes.get("scope") in ("col", "row") for tag, attributes in tags if tag == "th")
     levels = [int(tag[1]) for tag, _ in tags if re.fullmatch(r"h\d", tag)]
     assert levels[0] == 1
-    assert all(later <= earlier + 1 for earlier, later in zip(levels, levels[1:], strict=False)), "a level of headings is left out"
+    assert all(later <= earlier + 1 for earlier, later in itertools.pairwise(levels)), "a level of headings is left out"
 
 
 def test_the_same_page_gives_the_same_bytes():

@@ -42,9 +42,7 @@ class Rows:
     def batches(self, block: range) -> Iterator[Batch]:
         """Yield the batches of a block."""
         indices = [self.indices[i] for i in block]
-        yield from iterate_batches(
-            self.dataset, indices, batch_size=self.batch_size, collate=self.collate, device=self.device
-        )
+        yield from iterate_batches(self.dataset, indices, batch_size=self.batch_size, collate=self.collate, device=self.device)
 
 
 ObjectiveOf = Callable[[Batch], Objective]
@@ -81,9 +79,11 @@ def run_block(
     objective: ObjectiveOf,
     consumer_for: Callable[[int], Consumer],
     advance: Callable[[int], None],
+    *,
+    first: int = 0,
 ) -> None:
-    """Run the batches of a block; `consumer_for(place)` gets the place of a batch's first row within the block."""
-    place = 0
+    """Run the batches of a block; `consumer_for(place)` gets the place of a batch's first row, counted from `first`."""
+    place = first
     for batch in rows.batches(block):
         recorder.run(batch, objective(batch), consumer_for(place))
         place += len(batch.ids)

@@ -124,9 +124,7 @@ class Recorder:
     def survey(self, batch: Any) -> tuple[int, dict[str, set[int]]]:
         """Run a batch forward only; return its number of rows and the leading sizes each layer was called with."""
         leading: dict[str, set[int]] = {}
-        self.observers.append(
-            lambda layer, x, output: leading.setdefault(layer.name, set()).add(len(output) if output.dim() > 1 else 1)
-        )
+        self.observers.append(lambda layer, x, output: leading.setdefault(layer.name, set()).add(len(output) if output.dim() > 1 else 1))
         try:
             self._pass = _Pass(consumer=_ignore)
             with torch.no_grad():

@@ -19,9 +19,7 @@ class Regrouping:
     def __init__(self, ids: Tensor, examples: int) -> None:
         self.ids, self.examples = ids.cpu(), examples
         if self.ids.dim() not in (1, 2) or self.ids.is_floating_point():
-            raise LayerError(
-                f"example_ids gave shape {tuple(ids.shape)} of {ids.dtype}; it takes integers [row] or [row, position]."
-            )
+            raise LayerError(f"example_ids gave shape {tuple(ids.shape)} of {ids.dtype}; it takes integers [row] or [row, position].")
         if self.ids.numel() and int(self.ids.max()) >= examples:
             raise LayerError(
                 f"example_ids gave {int(self.ids.max())}, but the loss has {examples} examples, numbered from 0. "

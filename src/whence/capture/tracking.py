@@ -139,9 +139,7 @@ def _owners(modules: dict[str, nn.Module]) -> dict[int, set[tuple[int, ...]]]:
     return owners
 
 
-def _reason_against(
-    module: nn.Module, named: bool, heads: tuple[nn.Module, ...], owners: dict[int, set[tuple[int, ...]]]
-) -> str | None:
+def _reason_against(module: nn.Module, named: bool, heads: tuple[nn.Module, ...], owners: dict[int, set[tuple[int, ...]]]) -> str | None:
     own = list(module.parameters(recurse=False))
     if not named and not any(p.requires_grad for p in own):
         return "frozen"

@@ -83,10 +83,7 @@ class Fitter:
         consume = partial(_add_moments, bases=bases, budget=working_set(self.rows.device.type))
         with self.stages.stage("Fit eigenvalues"):
             sums = self._accumulate("moments", consume, stream=1)
-        values = {
-            layer.name: sums.get(layer.name, torch.zeros(layer.shape)).div(len(self.rows)).to(kept)
-            for layer in self.recorder.layers
-        }
+        values = {layer.name: sums.get(layer.name, torch.zeros(layer.shape)).div(len(self.rows)).to(kept) for layer in self.recorder.layers}
         self.store.write("eigenvalues", values)
         self._forget("moments")
 

@@ -56,11 +56,15 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", self.name):
-            raise RecipeError(f"Recipe: name={self.name!r} cannot name a run folder. Use letters, digits, '.', '_' and '-', for example 'my-model'.")
+            raise RecipeError(
+                f"Recipe: name={self.name!r} cannot name a run folder. Use letters, digits, '.', '_' and '-', for example 'my-model'."
+            )
         if not isinstance(self.model, nn.Module):
             raise RecipeError(f"Recipe {self.name}: model is {_what(self.model)}; give a torch.nn.Module, already trained.")
         if not isinstance(self.task, Task):
-            raise RecipeError(f"Recipe {self.name}: task is {_what(self.task)}; give a whence.tasks.Task, for example whence.tasks.Classification().")
+            raise RecipeError(
+                f"Recipe {self.name}: task is {_what(self.task)}; give a whence.tasks.Task, for example whence.tasks.Classification()."
+            )
         for field in ("train", "queries"):
             rows = getattr(self, field)
             if not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):
@@ -156,8 +160,7 @@ def _candidates(module: ModuleType, file: str) -> str:
     own = [
         name
         for name, value in vars(module).items()
-        if not name.startswith("_")
-        and (isinstance(value, Recipe) or (inspect.isfunction(value) and value.__module__ == module.__name__))
+        if not name.startswith("_") and (isinstance(value, Recipe) or (inspect.isfunction(value) and value.__module__ == module.__name__))
     ]
     if not own:
         return f"Nothing in it looks like a recipe. {_FORM}"

@@ -86,7 +86,7 @@ def flip_labels(labels: Tensor, *, share: float, classes: int, generator: torch.
     return flipped
 
 
-def load_data(settings: DigitsSettings = DigitsSettings()) -> DigitsData:  # noqa: B008  (frozen)
+def load_data(settings: DigitsSettings = DigitsSettings()) -> DigitsData:
     """Load the images, split them and flip some training labels, all by the seed."""
     from sklearn.datasets import load_digits
 
@@ -120,7 +120,7 @@ def build_network(seed: int = 0) -> nn.Sequential:
         )
 
 
-def train_network(network: nn.Module, rows: list[Digit], settings: DigitsSettings = DigitsSettings()) -> None:  # noqa: B008
+def train_network(network: nn.Module, rows: list[Digit], settings: DigitsSettings = DigitsSettings()) -> None:
     """Train in place, with AdamW and a one-cycle schedule; the network is left in eval mode."""
     images, labels = stack(rows)
     steps = settings.epochs * -(-len(rows) // settings.batch_size)

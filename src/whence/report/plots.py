@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 import io
+import math
 import re
 import warnings
 from collections.abc import Sequence
@@ -41,7 +42,9 @@ class Curve:
     style: Literal["main", "rival", "chance", "limit"]
 
 
-def share_curves(curves: Sequence[Curve], *, x_label: str, y_label: str, description: str, x_end: float = 1.0, guides: Sequence[float] = ()) -> str:
+def share_curves(
+    curves: Sequence[Curve], *, x_label: str, y_label: str, description: str, x_end: float = 1.0, guides: Sequence[float] = ()
+) -> str:
     """Draw shares against shares, in per cent, up to `x_end`, with upright lines at `guides`.
 
     Args:
@@ -88,14 +91,15 @@ def log_histogram(groups: Sequence[tuple[str, Tensor]], *, x_label: str, y_label
     kept = [(name, values[values > 0].double()) for name, values in groups]
     values = torch.cat([part for _, part in kept])
     low, high = (float(values.min()), float(values.max())) if len(values) else (0.1, 1.0)
-    edges = torch.logspace(*torch.tensor([low, max(high, low * 1.01)]).log10().tolist(), bins + 1, dtype=torch.float64)
+    edges = torch.logspace(math.log10(low), math.log10(max(high, low * 1.01)), bins + 1, dtype=torch.float64)
     # Rounding of the first and last edge must not lose the numbers they were made from.
     edges[0], edges[-1] = min(low, float(edges[0])), max(high, float(edges[-1]))
+    widths = edges.diff().tolist()
     with _Drawing(description) as (figure, axes):
         base = torch.zeros(bins, dtype=torch.float64)
         for (name, part), colour in zip(kept, [_SOFT] * (len(kept) - 1) + [_ACCENT], strict=True):
             counts = torch.histogram(part, edges).hist
-            axes.bar(edges[:-1].tolist(), counts.tolist(), edges.diff().tolist(), base.tolist(), align="edge", color=colour, label=_plain(name))
+            axes.bar(edges[:-1].tolist(), counts.tolist(), widths, base.tolist(), align="edge", color=colour, label=_plain(name))
             base += counts
         axes.set(xscale="log", xlabel=_plain(x_label), ylabel=_plain(y_label))
         axes.minorticks_off()
@@ -124,7 +128,7 @@ class _Drawing:
         self.settings = self.matplotlib.rc_context(
             {
                 "svg.fonttype": "none",
-                "svg.hashsalt": description,
+                "svg.hashsalt": _plain(description),
                 "text.parse_math": False,
                 "font.size": _FONT_PT,
                 "axes.edgecolor": _LINE,

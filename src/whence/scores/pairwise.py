@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -47,23 +48,17 @@ class Pairwise:
         residents: dict[str, Resident] = {}
         budget = working_set(queries.device.type)
 
-        def consumer_for(first: int) -> Callable[[TrackedLayer, Pair], None]:
-            def consume(layer: TrackedLayer, pair: Pair) -> None:
-                name = layer.name
-                if name not in residents:
-                    residents[name] = make_resident(
-                        pair, self.bases[name], self.weights[name], queries=len(queries), train=train, budget=budget
-                    )
-                residents[name].fill(first, pair)
-
-            return consume
+        def consume(first: int, layer: TrackedLayer, pair: Pair) -> None:
+            name = layer.name
+            if name not in residents:
+                basis, weights = self.bases[name], self.weights[name]
+                residents[name] = make_resident(pair, basis, weights, queries=len(queries), train=train, budget=budget)
+            residents[name].fill(first, pair)
 
         objective = measurement_of(self.recorder.task)
         with self.stages.track(len(queries), "Query gradients") as advance:
             for block in queries.blocks():
-                run_block(
-                    self.recorder, queries, block, objective, lambda place, at=block.start: consumer_for(at + place), advance
-                )
+                run_block(self.recorder, queries, block, objective, lambda place: partial(consume, place), advance, first=block.start)
         for name, resident in residents.items():
             if not all(torch.isfinite(t).all() for t in vars(resident).values() if isinstance(t, Tensor)):
                 for block in queries.blocks():
@@ -79,19 +74,16 @@ class Pairwise:
         empty = torch.zeros(len(block), queries, dtype=kept, device=train.device)
         outputs = {key: empty.clone() for key in ("total", *keys.values())}
 
-        def consumer_for(first: int) -> Callable[[TrackedLayer, Pair], None]:
-            def consume(layer: TrackedLayer, pair: Pair) -> None:
-                if layer.name not in residents:  # no query reached this layer
-                    return
-                scores = residents[layer.name].scores(pair)
-                outputs["total"][first : first + len(scores)] += scores
-                if self.per_layer:
-                    outputs[keys[layer.name]][first : first + len(scores)] = scores
-
-            return consume
+        def consume(first: int, layer: TrackedLayer, pair: Pair) -> None:
+            if layer.name not in residents:  # no query reached this layer
+                return
+            scores = residents[layer.name].scores(pair)
+            outputs["total"][first : first + len(scores)] += scores
+            if self.per_layer:
+                outputs[keys[layer.name]][first : first + len(scores)] = scores
 
         objective = loss_of(self.recorder.task)
-        run_block(self.recorder, train, block, objective, consumer_for, advance)
+        run_block(self.recorder, train, block, objective, lambda place: partial(consume, place), advance)
         if not torch.isfinite(outputs["total"]).all():
             raise_not_finite(self.recorder, train, block, objective, "Pairwise scores")
         # [query, train], as everywhere outside.

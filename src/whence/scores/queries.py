@@ -117,9 +117,7 @@ def _products(train: Tensor, query: Tensor) -> Tensor:
     return flat.view(*train.shape[:2], *query.shape[:2])
 
 
-def make_resident(
-    pair: Pair, basis: Basis, weights: Tensor | None, *, queries: int, train: int, budget: int
-) -> Resident:
+def make_resident(pair: Pair, basis: Basis, weights: Tensor | None, *, queries: int, train: int, budget: int) -> Resident:
     """Choose how to hold one layer's queries, by the sizes of the first query batch and the number of training rows."""
     sizes = pair.sizes
     if weights is None and pair.transform is None and contract.keep_pairs(sizes, IDENTITY.sides):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -50,19 +51,16 @@ class SelfInfluence:
         total = torch.zeros(len(block), dtype=kept, device=train.device)
         budget = working_set(train.device.type)
 
-        def consumer_for(first: int) -> Callable[[TrackedLayer, Pair], None]:
-            def consume(layer: TrackedLayer, pair: Pair) -> None:
-                weights = self.weights[layer.name]
-                if weights is None:
-                    scores = pair.norms(budget).sum(1)
-                else:
-                    scores = pair.weighted_squares(self.bases[layer.name], weights, budget)
-                total[first : first + len(scores)] += scores
-
-            return consume
+        def consume(first: int, layer: TrackedLayer, pair: Pair) -> None:
+            weights = self.weights[layer.name]
+            if weights is None:
+                scores = pair.norms(budget).sum(1)
+            else:
+                scores = pair.weighted_squares(self.bases[layer.name], weights, budget)
+            total[first : first + len(scores)] += scores
 
         objective = loss_of(self.recorder.task)
-        run_block(self.recorder, train, block, objective, consumer_for, advance)
+        run_block(self.recorder, train, block, objective, lambda place: partial(consume, place), advance)
         if not torch.isfinite(total).all():
             raise_not_finite(self.recorder, train, block, objective, "Self-influence")
         return total.cpu()

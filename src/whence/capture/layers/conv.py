@@ -29,9 +29,7 @@ class Conv2d:
 
     def forward(self, module: nn.Conv2d, x: Tensor) -> Tensor:
         """The convolution of nn.Conv2d."""
-        return F.conv2d(
-            self._padded(module, x), module.weight, module.bias, module.stride, 0, module.dilation, module.groups
-        )
+        return F.conv2d(self._padded(module, x), module.weight, module.bias, module.stride, 0, module.dilation, module.groups)
 
     @staticmethod
     def _padded(module: nn.Conv2d, x: Tensor) -> Tensor:

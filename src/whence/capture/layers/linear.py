@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import torch
+from typing import cast
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -14,13 +15,17 @@ def _positions(x: Tensor) -> Tensor:
     return x.reshape(x.shape[0], -1, 1, x.shape[-1])
 
 
+def _weight(module: nn.Module) -> Tensor:
+    return cast(Tensor, module.weight)
+
+
 @register(nn.Linear)
 class Linear:
     """Every axis between the first and the last is a position."""
 
     def parts(self, module: nn.Module) -> LayerParts:
         """Sizes from the weight `[out, in]`."""
-        out, in_ = module.weight.shape
+        out, in_ = _weight(module).shape
         return LayerParts(groups=1, inputs=in_, outputs=out)
 
     def inputs(self, module: nn.Module, x: Tensor) -> Tensor:
@@ -33,7 +38,7 @@ class Linear:
 
     def forward(self, module: nn.Module, x: Tensor) -> Tensor:
         """`x W^T + b`."""
-        return F.linear(x, module.weight, module.bias)
+        return F.linear(x, _weight(module), cast(Tensor | None, module.bias))
 
 
 @register("transformers.pytorch_utils.Conv1D")
@@ -42,9 +47,9 @@ class TransposedLinear(Linear):
 
     def parts(self, module: nn.Module) -> LayerParts:
         """Sizes from the weight `[in, out]`."""
-        in_, out = module.weight.shape
+        in_, out = _weight(module).shape
         return LayerParts(groups=1, inputs=in_, outputs=out)
 
     def forward(self, module: nn.Module, x: Tensor) -> Tensor:
         """`x W + b`."""
-        return torch.matmul(x, module.weight) + module.bias
+        return x @ _weight(module) + cast(Tensor, module.bias)
