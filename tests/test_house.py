@@ -6,8 +6,10 @@ import ast
 import importlib
 import inspect
 import pkgutil
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import pytest
 import whence
 
 SRC = Path(whence.__file__).parent
+ROOT = SRC.parents[1]
 FILES = sorted(SRC.rglob("*.py"))
 
 # Top to bottom: what stands on a line may import what stands on it or below it. The root package only passes names on,
@@ -132,6 +135,23 @@ def test_files_and_functions_are_short() -> None:
             if (lines := (node.end_lineno or 0) - node.lineno + 1) > LONGEST_FUNCTION:
                 long.append(f"{path}:{node.lineno}: {node.name} has {lines} lines, at most {LONGEST_FUNCTION}")
     assert not long, "\n".join(long)
+
+
+def test_the_order_is_written_down() -> None:
+    written = " > ".join(name for name in ORDER if not name.startswith("__"))
+    assert written in (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+
+def test_everything_that_is_installed_is_pinned() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = [
+        *project["dependencies"],
+        *(name for extra in ("hf", "report", "bench", "dev") for name in project["optional-dependencies"][extra]),
+    ]
+    pins = re.findall(r"^([\w.-]+)==\S+$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    plain = {name.lower().replace("_", "-") for name in pins}
+    missing = [want for want in wanted if re.split(r"[^\w.-]", want)[0].lower().replace("_", "-") not in plain]
+    assert not missing, f"constraints.txt does not pin {missing}"
 
 
 def test_nothing_goes_through_pickle() -> None:

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
-from whence.capture.pair import Basis
-from whence.capture.passes import Rows
+from whence.capture.passes import Rows, draw_rows
 from whence.capture.recorder import Recorder
-from whence.capture.tracking import TrackedLayer, track
-from whence.curvature.basis import Damping, LayerCurvature, inverse_weights, resolve_damping
-from whence.curvature.fit import Fitter, load_curvature
-from whence.curvature.strategies import STRATEGIES, StrategyName, get_strategy
-from whence.errors import ConfigError, NotFittedError
-from whence.runtime.batches import check_dataset, iterate_batches
+from whence.capture.survey import leave_out_unbatched, sample
+from whence.capture.tracking import sum_type, track
+from whence.curvature.basis import Damping, resolve_damping
+from whence.curvature.fit import Fitter
+from whence.curvature.stored import Preconditioner, only_strategy, open_factors, preconditioner
+from whence.curvature.strategies import StrategyName, get_strategy
+from whence.errors import ConfigError
+from whence.runtime.batches import check_dataset
 from whence.runtime.device import resolve_device
 from whence.runtime.progress import Stages
 from whence.scores.matrix import Scores
@@ -100,7 +100,7 @@ class Attributor:
         if strategy == "identity":  # nothing to fit
             self._strategy = strategy
             return self
-        indices = self._drawn(check_dataset(train, "training"), max_examples)
+        indices = draw_rows(check_dataset(train, "training"), max_examples, seed=self.seed)
         rows = self._rows(train, indices, batch_size)
         with self._session(rows) as (recorder, identity):
             settings = {
@@ -171,7 +171,7 @@ class Attributor:
             self._survey(recorder, train_rows)
             with self._store("scores", strategy, settings, overwrite) as store:
                 if not store.complete:
-                    bases, weights = self._preconditioner(factors, checked, recorder.layers)
+                    bases, weights = self._preconditioner(factors, checked)
                     Pairwise(
                         recorder=recorder,
                         bases=bases,
@@ -207,7 +207,7 @@ class Attributor:
             }
             self._survey(recorder, rows)
             with self._store("self_influence", strategy, settings, overwrite) as store:
-                bases, weights = self._preconditioner(factors, checked, recorder.layers)
+                bases, weights = self._preconditioner(factors, checked)
                 values = SelfInfluence(recorder=recorder, bases=bases, weights=weights, store=store, stages=self.stages).run(rows)
                 if not store.complete:
                     store.finish({})
@@ -219,21 +219,13 @@ class Attributor:
             raise ConfigError(f"{name}={batch_size!r} cannot be used; give a number of rows, 1 or more.")
         return Rows(dataset=dataset, indices=indices, batch_size=batch_size, collate=self.collate, device=self.device)
 
-    def _drawn(self, rows: int, max_examples: int | None) -> list[int]:
-        """Choose rows at random, not the first: data sets are often sorted."""
-        if max_examples is None or max_examples >= rows:
-            return list(range(rows))
-        if max_examples < 1:
-            raise ConfigError(f"max_examples={max_examples} cannot be used; give 1 or more, or None for all rows.")
-        return sorted(random.Random(self.seed).sample(range(rows), max_examples))
-
     @contextmanager
     def _session(self, train: Rows) -> Iterator[tuple[Recorder, dict[str, Any]]]:
         """Install the taps for one call; give the recorder, and what results depend on besides data and options."""
         recorder = Recorder(self.model, self._layers, self.task)
         with recorder.recording():
             with torch.no_grad():
-                self.task.prepare(self.model, self._sample(train))
+                self.task.prepare(self.model, sample(train))
             yield (
                 recorder,
                 {
@@ -244,17 +236,9 @@ class Attributor:
                 },
             )
 
-    def _sample(self, rows: Rows) -> Any:
-        """Two rows as a batch: enough to see an output, and whether a layer is called on the batch's axis."""
-        return next(iterate_batches(rows.dataset, rows.indices[:2], batch_size=2, collate=rows.collate, device=rows.device)).data
-
     def _survey(self, recorder: Recorder, train: Rows) -> None:
-        """Leave out layers that are called without the batch's axis, such as those on position embeddings."""
-        rows, leading = recorder.survey(self._sample(train))
-        for name, sizes in leading.items():
-            if rows > 1 and sizes == {1}:
-                self.coverage.drop(name, "called without the batch's axis")
-                recorder.leave_out(name)
+        for name in leave_out_unbatched(recorder, train):
+            self.coverage.drop(name, "called without the batch's axis")
 
     def _leave_out_uncalled(self, names: Sequence[str]) -> None:
         for name in names:
@@ -276,25 +260,13 @@ class Attributor:
         if strategy is not None:
             get_strategy(strategy)
             return strategy
-        if self._strategy is not None:
-            return self._strategy
-        fitted = [name for name in STRATEGIES if self.run.sub("factors", name, "manifest.json").exists()]
-        if len(fitted) != 1:
-            have = f"{self.run.path} holds factors of {', '.join(fitted)}" if fitted else f"{self.run.path} holds no factors"
-            raise NotFittedError(f"{have}: call fit(train, strategy=...) first, or say which with strategy=...")
-        return cast(StrategyName, fitted[0])
+        return self._strategy or only_strategy(self.run.sub("factors"))
 
     def _factors(self, strategy: str, identity: dict[str, Any]) -> ShardStore | None:
-        """Open the fitted factors and check that they belong to this model; None for identity, which has none."""
+        """Open the fitted factors; None for identity, which has none."""
         if strategy == "identity":
             return None
-        folder = self.run.sub("factors", strategy)
-        if not (folder / "manifest.json").exists():
-            raise NotFittedError(f"{folder} holds no factors: call fit(train, strategy={strategy!r}) first.")
-        stored = ShardStore.open(folder, kind="factors")
-        ShardStore.open(folder, kind="factors", settings={**stored.settings, **identity})
-        if not stored.complete:
-            raise NotFittedError(f"{folder}: the fit was interrupted. Call fit again with the same arguments; it continues.")
+        stored = open_factors(self.run.sub("factors", strategy), identity)
         self._leave_out_uncalled(stored.result["uncalled"])
         return stored
 
@@ -309,20 +281,8 @@ class Attributor:
             "factors": fitted,
         }
 
-    def _preconditioner(
-        self, factors: ShardStore | None, damping: float | Damping, layers: list[TrackedLayer]
-    ) -> tuple[dict[str, Basis], dict[str, Tensor | None]]:
-        """Return each layer's basis and weights on the device, in the type of the sums."""
-        if factors is None:
-            curvature = {layer.name: LayerCurvature() for layer in layers}
-        else:
-            curvature = load_curvature(factors, self._layers)
-        kept = torch.promote_types(next(self.model.parameters()).dtype, torch.float32)
-        weights = inverse_weights(curvature, damping)
-        return (
-            {name: layer.basis.to(self.device, kept) for name, layer in curvature.items()},
-            {name: None if w is None else w.to(self.device, kept) for name, w in weights.items()},
-        )
+    def _preconditioner(self, factors: ShardStore | None, damping: float | Damping) -> Preconditioner:
+        return preconditioner(factors, self._layers, damping, device=self.device, dtype=sum_type(self.model))
 
     def _record(self, command: str, settings: dict[str, Any]) -> None:
         self.run.record(

@@ -83,6 +83,17 @@ def test_a_query_that_was_not_scored(run: Any) -> None:
     assert "--query 7: there are 7 scored queries, numbered from 0 to 6." in done.err
 
 
+def test_scores_of_other_data_are_not_listed(run: Any, here: Path) -> None:
+    run("fit", MINE, "--strategy", "identity")
+    run("score", MINE, "--strategy", "identity")
+    (here / "recipe.py").write_text(
+        (here / "recipe.py").read_text(encoding="utf-8").replace("rows(23, 1)", "rows(22, 1)"), encoding="utf-8"
+    )
+    done = run("top", MINE, "--strategy", "identity")
+    assert done.status == 2
+    assert "holds scores of 7 queries and 23 training rows; recipe tiny now has 7 and 22. Score again" in done.err
+
+
 def test_a_failure_of_the_numbers_is_status_1(run: Any) -> None:
     done = run("fit", "recipe.py:not_finite")
     assert done.status == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from whence.capture.pair import Pair
 from whence.capture.recorder import Consumer, Objective, Recorder
 from whence.capture.tracking import TrackedLayer
-from whence.errors import NumericalError
+from whence.errors import ConfigError, NumericalError
 from whence.runtime.batches import Batch, iterate_batches, row_blocks
 from whence.runtime.noise import KeyedNoise
 from whence.tasks import Task
@@ -43,6 +44,19 @@ class Rows:
         """Yield the batches of a block."""
         indices = [self.indices[i] for i in block]
         yield from iterate_batches(self.dataset, indices, batch_size=self.batch_size, collate=self.collate, device=self.device)
+
+
+def draw_rows(rows: int, max_examples: int | None, *, seed: int) -> list[int]:
+    """Return the indices of all rows, or of `max_examples` drawn with the seed; not the first, since data are often sorted.
+
+    Raises:
+        ConfigError: `max_examples` is less than one.
+    """
+    if max_examples is not None and max_examples < 1:
+        raise ConfigError(f"max_examples={max_examples} cannot be used; give 1 or more, or None for all rows.")
+    if max_examples is None or max_examples >= rows:
+        return list(range(rows))
+    return sorted(random.Random(seed).sample(range(rows), max_examples))
 
 
 ObjectiveOf = Callable[[Batch], Objective]

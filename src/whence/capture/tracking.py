@@ -6,10 +6,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
+import torch
 from torch import nn
 
 from whence.capture.layers import Handler, LayerParts, handler_for
 from whence.errors import LayerError
+
+
+def sum_type(model: nn.Module) -> torch.dtype:
+    """Return the type that sums are kept in: the model's, but float32 at least."""
+    return torch.promote_types(next(model.parameters()).dtype, torch.float32)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from whence.cli.options import (
     Switch,
     parse_damping,
 )
-from whence.errors import ConfigError
+from whence.errors import ConfigError, MismatchError
 
 if TYPE_CHECKING:
     from whence.attributor import Attributor
@@ -146,6 +146,7 @@ def top(
             f"Run first: whence score {recipe} --strategy {strategy}, or name another --run-dir or --strategy."
         )
     scores = Scores.load(folder)
+    _check_sizes(found, scores, folder)
     chosen = _chosen(scores, query)
     listed = [_for_query(found, scores, q, listing) for q in chosen]
     lines = [line for entry in listed for line in _query_lines(entry)]
@@ -178,6 +179,16 @@ def _scores_folder(run_dir: Path, strategy: str) -> Path:
 def _finish(attributor: Attributor, values: dict[str, Any], run: RunOptions) -> None:
     output.data(output.facts(values), values | {"coverage": output.coverage_facts(attributor)}, as_json=run.json)
     output.closing(attributor)
+
+
+def _check_sizes(found: Recipe, scores: Scores, folder: Path) -> None:
+    """Saved scores name rows by number; with other data they would name other rows."""
+    present, stored = (len(found.queries), len(found.train)), tuple(scores.values.shape)
+    if present != stored:
+        raise MismatchError(
+            f"{folder} holds scores of {stored[0]} queries and {stored[1]} training rows; recipe {found.name} now has {present[0]} and "
+            f"{present[1]}. Score again, or use the recipe as it was."
+        )
 
 
 def _chosen(scores: Scores, query: list[int] | None) -> list[int]:

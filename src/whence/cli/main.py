@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         """Read the options that every verb has, then run the verb.
 
         Args:
-            config: YAML file of options, for example `strategy: kfac`. Options on the command line come first.
+            config: YAML file of options, for example `strategy: kfac`. Options on the command line win over it.
             debug: Show the traceback of an error.
         """
         if config is not None:

@@ -14,7 +14,7 @@ from whence.capture.contract import working_set
 from whence.capture.pair import IDENTITY, Basis, Pair
 from whence.capture.passes import ObjectiveOf, Rows, loss_of, raise_not_finite, run_block, sampled_loss_of
 from whence.capture.recorder import Recorder
-from whence.capture.tracking import TrackedLayer
+from whence.capture.tracking import TrackedLayer, sum_type
 from whence.curvature.basis import LayerCurvature, eigenbasis
 from whence.curvature.strategies import get_strategy
 from whence.runtime.progress import Stages
@@ -68,7 +68,7 @@ class Fitter:
         # Taken out of the sums, so that a layer's covariances go as its eigenvectors come.
         values_in, inputs = eigenbasis(sums.pop(f"{layer.name}/inputs").div_(count).to(device))
         values_out, outputs = eigenbasis(sums.pop(f"{layer.name}/outputs").div_(count).to(device))
-        kept = _kept_type(self.recorder)
+        kept = sum_type(self.recorder.model)
         tensors = {"inputs": inputs.to("cpu", kept), "outputs": outputs.to("cpu", kept)}
         if scaled:
             product = values_out[:, :, None] * values_in[:, None, :]
@@ -78,7 +78,7 @@ class Fitter:
         return tensors
 
     def _fit_eigenvalues(self, fitted: dict[str, LayerCurvature]) -> None:
-        kept = _kept_type(self.recorder)
+        kept = sum_type(self.recorder.model)
         bases = {name: layer.basis.to(self.rows.device, kept) for name, layer in fitted.items()}
         consume = partial(_add_moments, bases=bases, budget=working_set(self.rows.device.type))
         with self.stages.stage("Fit eigenvalues"):
@@ -128,11 +128,6 @@ def load_curvature(store: ShardStore, layers: list[TrackedLayer]) -> dict[str, L
         eigenvalues = moments.get(layer.name, tensors.get("eigenvalues"))
         curvature[layer.name] = LayerCurvature(basis=basis, eigenvalues=eigenvalues)
     return curvature
-
-
-def _kept_type(recorder: Recorder) -> torch.dtype:
-    """The model's type, but float32 at least."""
-    return torch.promote_types(next(recorder.model.parameters()).dtype, torch.float32)
 
 
 def _add(sums: Sums, key: str, value: Tensor) -> None:

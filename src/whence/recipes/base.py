@@ -69,7 +69,7 @@ class Recipe:
             rows = getattr(self, field)
             if not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):
                 raise RecipeError(
-                    f"Recipe {self.name}: {field} is {_what(rows)}; give rows with __len__ and __getitem__: a list, or a map-style data set."
+                    f"Recipe {self.name}: {field} is {_what(rows)}; give rows with __len__ and __getitem__: a list or a map-style data set."
                 )
         for field in ("collate", "describe"):
             if getattr(self, field) is not None and not callable(getattr(self, field)):

@@ -120,4 +120,4 @@ def count(number: int, one: str, many: str) -> str:
 def signed(score: float) -> str:
     """Return a score with three digits, its sign and a true minus."""
     digits = f"{abs(score):,.0f}" if abs(score) >= 99.95 else f"{abs(score):.3g}"
-    return f"{'\u2212' if score < 0 else '+'}{digits}"
+    return ("\u2212" if score < 0 else "+") + digits

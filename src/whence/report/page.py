@@ -7,6 +7,7 @@ content security policy holds a browser to that) and follows the reader's light 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -197,7 +198,19 @@ def render(page: Page) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    return environment.get_template("page.html").render(page=page)
+    return environment.get_template("page.html").render(page=page, anchors=_anchors(page.sections))
+
+
+def _anchors(sections: Sequence[Section]) -> list[str]:
+    """Return an id for each section, of its short title; no two are the same."""
+    anchors: list[str] = []
+    for section in sections:
+        base = anchor = re.sub(r"[^a-z0-9]+", "-", section.short.lower()).strip("-") or "section"
+        number = 2
+        while anchor in anchors:
+            anchor, number = f"{base}-{number}", number + 1
+        anchors.append(anchor)
+    return anchors
 
 
 def write_page(page: Page, path: Path) -> None:

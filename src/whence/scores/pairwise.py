@@ -13,7 +13,7 @@ from whence.capture.contract import working_set
 from whence.capture.pair import Basis, Pair
 from whence.capture.passes import Rows, loss_of, measurement_of, raise_not_finite, run_block
 from whence.capture.recorder import Recorder
-from whence.capture.tracking import TrackedLayer
+from whence.capture.tracking import TrackedLayer, sum_type
 from whence.runtime.progress import Stages
 from whence.scores.matrix import layer_key
 from whence.scores.queries import Resident, make_resident
@@ -68,7 +68,7 @@ class Pairwise:
     def _block(
         self, train: Rows, block: range, queries: int, residents: Mapping[str, Resident], advance: Callable[[int], None]
     ) -> dict[str, Tensor]:
-        kept = torch.promote_types(next(self.recorder.model.parameters()).dtype, torch.float32)
+        kept = sum_type(self.recorder.model)
         layers = self.recorder.layers if self.per_layer else []
         keys = {layer.name: layer_key(number, layer.name) for number, layer in enumerate(layers)}
         empty = torch.zeros(len(block), queries, dtype=kept, device=train.device)

@@ -20,7 +20,7 @@ from whence.capture.contract import working_set
 from whence.capture.pair import Basis, Pair
 from whence.capture.passes import Rows, loss_of, raise_not_finite, run_block
 from whence.capture.recorder import Recorder
-from whence.capture.tracking import TrackedLayer
+from whence.capture.tracking import TrackedLayer, sum_type
 from whence.runtime.progress import Stages
 from whence.storage.shards import ShardStore
 
@@ -47,7 +47,7 @@ class SelfInfluence:
         return torch.cat([self.store.read(name)["total"] for name in blocks])
 
     def _block(self, train: Rows, block: range, advance: Callable[[int], None]) -> Tensor:
-        kept = torch.promote_types(next(self.recorder.model.parameters()).dtype, torch.float32)
+        kept = sum_type(self.recorder.model)
         total = torch.zeros(len(block), dtype=kept, device=train.device)
         budget = working_set(train.device.type)
 
