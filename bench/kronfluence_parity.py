@@ -135,7 +135,9 @@ def run_defects() -> tuple[dict[str, Any], bool]:
     for defect in DEFECTS:
         case = defect_case(defect)
         results[defect.name] = {"whence": errors(Ours, case), "kronfluence": errors(partial(Peer, rewrite=False), case)}
-        rows.append([defect.name, *(_cell(results[defect.name][side], part) for side in ("whence", "kronfluence") for part in ("pairwise", "self"))])
+        rows.append(
+            [defect.name, *(_cell(results[defect.name][side], part) for side in ("whence", "kronfluence") for part in ("pairwise", "self"))]
+        )
     columns = ["layer", "whence pairwise", "whence self", "Kronfluence pairwise", "Kronfluence self"]
     print_table("Relative error to batch-of-one autograd (float64), identity", columns, rows)
     return results, all(max(r["whence"].get(part, 1.0) for part in ("pairwise", "self")) < MAX_ERROR for r in results.values())

@@ -141,5 +141,3 @@ def _gradient(model: nn.Module, case: Case, row: tuple[Tensor, int], parameters:
     batch = (row[0].double().unsqueeze(0), torch.tensor([row[1]]))
     loss = case.loss(model, batch).sum()
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
-
-

@@ -126,9 +126,7 @@ def spread_norms(model: nn.Module) -> nn.Module:
 
 def mlp(train: int, queries: int) -> Case:
     """Three Linear layers, one of them without bias."""
-    model = nn.Sequential(
-        nn.Linear(20, 32), nn.Tanh(), nn.Linear(32, 24, bias=False), nn.ReLU(), nn.Linear(24, 5)
-    ).eval()
+    model = nn.Sequential(nn.Linear(20, 32), nn.Tanh(), nn.Linear(32, 24, bias=False), nn.ReLU(), nn.Linear(24, 5)).eval()
     return Case(
         name="MLP", model=model, layers=tracked_layers(model), loss=cross_entropy, measurement=margin,
         train=vectors(train, (20,), 5, seed=1), queries=vectors(queries, (20,), 5, seed=2),

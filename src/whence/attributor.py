@@ -15,7 +15,7 @@ from whence.capture.recorder import Recorder
 from whence.capture.survey import leave_out_unbatched, sample
 from whence.capture.tracking import sum_type, track
 from whence.curvature.basis import Damping, resolve_damping
-from whence.curvature.fit import Fitter
+from whence.curvature.fit import Fitter, unreached
 from whence.curvature.stored import Preconditioner, only_strategy, open_factors, preconditioner
 from whence.curvature.strategies import StrategyName, get_strategy
 from whence.errors import ConfigError
@@ -123,8 +123,8 @@ class Attributor:
                         store=store,
                         stages=self.stages,
                     ).fit()
-                    store.finish({"uncalled": sorted(recorder.silent)})
-                self._leave_out_uncalled(store.result["uncalled"])
+                    store.finish({"unreached": unreached(store, self._layers)})
+                self._leave_out_unreached(store)
         self._strategy = strategy
         self._record("fit", settings)
         return self
@@ -240,9 +240,9 @@ class Attributor:
         for name in leave_out_unbatched(recorder, train):
             self.coverage.drop(name, "called without the batch's axis")
 
-    def _leave_out_uncalled(self, names: Sequence[str]) -> None:
-        for name in names:
-            self.coverage.drop(name, "never called as a module (its weights may be used directly)")
+    def _leave_out_unreached(self, factors: ShardStore) -> None:
+        for name in factors.result["unreached"]:
+            self.coverage.drop(name, "reached by no gradient (never called as a module, or cut off from the loss)")
 
     def _fingerprint(self, dataset: Any) -> str:
         """Hash every row; the task looks at each one in the same pass, before long work starts."""
@@ -267,7 +267,7 @@ class Attributor:
         if strategy == "identity":
             return None
         stored = open_factors(self.run.sub("factors", strategy), identity)
-        self._leave_out_uncalled(stored.result["uncalled"])
+        self._leave_out_unreached(stored)
         return stored
 
     def _score_settings(

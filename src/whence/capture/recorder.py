@@ -68,7 +68,6 @@ class Recorder:
         self._checked: set[str] = set()  # subclasses whose forward was compared
         self._left_out: set[str] = set()
         self._pass: _Pass | None = None
-        self.silent = {layer.name for layer in self.layers}  # not called so far
         self.observers: list[Callable[[TrackedLayer, Tensor, Tensor], None]] = []
 
     @contextmanager
@@ -97,9 +96,12 @@ class Recorder:
 
     def leave_out(self, name: str) -> None:
         """Take no notice of a layer from now on."""
-        self.layers = [layer for layer in self.layers if layer.name != name]
         self._left_out.add(name)
-        self.silent.discard(name)
+
+    @property
+    def taken(self) -> list[TrackedLayer]:
+        """The layers that are not left out."""
+        return [layer for layer in self.layers if layer.name not in self._left_out]
 
     def run(self, batch: Batch, objective: Objective, consumer: Consumer) -> Tensor:
         """Run one batch forward and backward; return the objective's values `[example]`, detached.
@@ -167,7 +169,6 @@ class Recorder:
         now = self._pass
         if now is None or layer.name in self._left_out:
             return None
-        self.silent.discard(layer.name)
         if not now.backward:  # checkpointing calls again in the backward pass
             now.calls[layer.name] = now.calls.get(layer.name, 0) + 1
         for observe in self.observers:

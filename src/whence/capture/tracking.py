@@ -136,16 +136,17 @@ def _key(module: nn.Module) -> tuple[int, ...]:
     return tuple(id(p) for p in module.parameters(recurse=False))
 
 
-def _owners(modules: dict[str, nn.Module]) -> dict[int, set[tuple[int, ...]]]:
-    """For every parameter, the different parameter sets it is part of: more than one means a partial tie."""
-    owners: dict[int, set[tuple[int, ...]]] = {}
+def _owners(modules: dict[str, nn.Module]) -> dict[int, set[object]]:
+    """For every parameter, the different kinds of layer and parameter sets it is part of: more than one is a partial tie."""
+    owners: dict[int, set[object]] = {}
     for module in modules.values():
+        handled = handler_for(module)
         for parameter in _key(module):
-            owners.setdefault(parameter, set()).add(_key(module))
+            owners.setdefault(parameter, set()).add((_key(module), type(module) if handled is None else handled[1]))
     return owners
 
 
-def _reason_against(module: nn.Module, named: bool, heads: tuple[nn.Module, ...], owners: dict[int, set[tuple[int, ...]]]) -> str | None:
+def _reason_against(module: nn.Module, named: bool, heads: tuple[nn.Module, ...], owners: dict[int, set[object]]) -> str | None:
     own = list(module.parameters(recurse=False))
     if not named and not any(p.requires_grad for p in own):
         return "frozen"

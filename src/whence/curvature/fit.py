@@ -130,6 +130,15 @@ def load_curvature(store: ShardStore, layers: list[TrackedLayer]) -> dict[str, L
     return curvature
 
 
+def unreached(store: ShardStore, layers: list[TrackedLayer]) -> list[str]:
+    """Name the layers whose fitted eigenvalues are all zero: no gradient came to them from any row."""
+    if "eigenvalues" in store.names:
+        moments = store.read("eigenvalues")
+        return [layer.name for layer in layers if not moments[layer.name].any()]
+    shards = {layer.name: f"basis-{number:04d}" for number, layer in enumerate(layers)}
+    return [name for name, shard in shards.items() if not store.read(shard)["eigenvalues"].any()]
+
+
 def _add(sums: Sums, key: str, value: Tensor) -> None:
     if key in sums:
         sums[key] += value

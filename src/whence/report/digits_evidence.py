@@ -77,7 +77,7 @@ def _recall_table(findings: DigitsFindings) -> Table:
         shares = (ours.at(part), loss.at(part), checked / findings.rows)
         rows.append([percent(part), f"{checked:,}", *(f"{100 * share:.1f}%" for share in shares)])
     columns = ["Checked", "Rows", "Self-influence", "Loss", "Random order"]
-    return Table(caption="Wrong labels found", columns=columns, rows=rows)
+    return Table(caption="Wrong labels found, in numbers", columns=columns, rows=rows)
 
 
 def how_to_read(findings: DigitsFindings) -> Section:

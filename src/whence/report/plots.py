@@ -30,6 +30,7 @@ _STYLES: dict[str, dict[str, Any]] = {
 }
 _SIZE_IN = (5.4, 3.7)
 _FONT_PT = 10.5
+_LONGEST = 40
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,8 +113,9 @@ _LEGEND = {"frameon": False, "handlelength": 1.8, "labelspacing": 0.35, "bordera
 
 
 def _plain(text: str) -> str:
-    """Return text that can be drawn and written: lone surrogates and control characters become question marks."""
-    return re.sub(r"[\x00-\x1f\x7f\ud800-\udfff]", "?", text)
+    """Return text that can be drawn: without lone surrogates and control characters, and short enough to leave room for a chart."""
+    drawable = re.sub(r"[\x00-\x1f\x7f\ud800-\udfff]", "?", text)
+    return drawable if len(drawable) <= _LONGEST else f"{drawable[: _LONGEST - 1]}…"
 
 
 def _percent(value: float, _: Any = None) -> str:

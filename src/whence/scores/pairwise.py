@@ -69,7 +69,7 @@ class Pairwise:
         self, train: Rows, block: range, queries: int, residents: Mapping[str, Resident], advance: Callable[[int], None]
     ) -> dict[str, Tensor]:
         kept = sum_type(self.recorder.model)
-        layers = self.recorder.layers if self.per_layer else []
+        layers = self.recorder.taken if self.per_layer else []
         keys = {layer.name: layer_key(number, layer.name) for number, layer in enumerate(layers)}
         empty = torch.zeros(len(block), queries, dtype=kept, device=train.device)
         outputs = {key: empty.clone() for key in ("total", *keys.values())}
