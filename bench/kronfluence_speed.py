@@ -26,12 +26,12 @@ from typing import Any
 
 import torch
 from support import flops, memory
-from support.common import environment, median, pearson, print_table, read_results, write_results
+from support.common import environment, median, pearson, read_results, write_results
 from support.models import Case, speed_bert
+from support.speed_tables import missed, print_memory, print_times
 from torch import Tensor
 
 EXAMPLES, QUERIES = 256, 64
-MIN_PEARSON = 0.9999
 # Least ratio of the peer's time to ours, by stage and tokens.
 TARGETS = {
     "eigenvalues": {128: 2.7, 64: 4.4},
@@ -186,47 +186,6 @@ def work_memory(bench: Bench, side: str, stage: str) -> None:
         if stage == "fit":
             bench = Bench(case=bench.case, tokens=bench.tokens, batch=bench.batch, folder=Path(scratch))
         memory.report(prepare)
-
-
-def print_times(results: dict[str, Any]) -> None:
-    """Print the times of all lengths that are in the results."""
-    rows = []
-    for tokens, parts in sorted(results["tokens"].items(), key=lambda item: int(item[0])):
-        for stage, part in parts.get("times", {}).items():
-            seconds, share, target = part["median_seconds"], part["share_of_gemm"], part["target"]
-            alone = seconds.get("peer, one query batch")
-            row = [f"{tokens} tokens, {stage}", f"{seconds['ours']:.2f}", f"{seconds['ours, stages']:.2f}", f"{seconds['peer']:.2f}"]
-            row += [f"{alone:.2f}" if alone else "", f"{part['ratio']:.2f}", f"{target}" if target else "", f"{min(part['pearson']):.7f}"]
-            rows.append([*row, f"{part['gflop']['ours']:.0f}", f"{share['ours']:.0%}", f"{share['peer']:.0%}"])
-    columns = ["stage", "ours s", "of it stage", "peer s", "peer 1 batch", "ratio", "target", "Pearson", "our GFLOP", "of GEMM", "peer's"]
-    print_table("Medians of wall-clock seconds", columns, rows)
-
-
-def print_memory(results: dict[str, Any]) -> None:
-    """Print the peaks of all lengths that are in the results."""
-    rows = []
-    for tokens, parts in sorted(results["tokens"].items(), key=lambda item: int(item[0])):
-        for stage, part in parts.get("memory", {}).items():
-            cells = [f"{median(part[side][kind]):.0f}" for kind in ("above_model_mib", "peak_mib") for side in ("ours", "peer")]
-            rows.append([f"{tokens} tokens, {stage}", *cells])
-    columns = ["stage", "ours above model", "peer above model", "ours in all", "peer in all"]
-    print_table("Peak resident memory in MiB, median over fresh processes", columns, rows)
-
-
-def missed(results: dict[str, Any]) -> list[str]:
-    """Return a line for every target that the results miss."""
-    lines = []
-    for tokens, parts in results["tokens"].items():
-        for stage, part in parts.get("times", {}).items():
-            if part["target"] and part["ratio"] < part["target"]:
-                lines.append(f"{tokens} tokens, {stage}: {part['ratio']:.2f} times faster, the target is {part['target']}")
-            if min(part["pearson"]) < MIN_PEARSON:
-                lines.append(f"{tokens} tokens, {stage}: results differ, Pearson {min(part['pearson']):.7f}")
-        for stage, part in parts.get("memory", {}).items():
-            ours, peer = (median(part[side]["above_model_mib"]) for side in ("ours", "peer"))
-            if ours > peer:
-                lines.append(f"{tokens} tokens, {stage}: {ours:.0f} MiB above the model, the peer {peer:.0f}")
-    return lines
 
 
 def merge(results: dict[str, Any], tokens: int, kind: str, parts: dict[str, Any]) -> None:

@@ -216,6 +216,37 @@ def partly_frozen() -> Blocks:
     return model
 
 
+def half_frozen() -> nn.Sequential:
+    """The weight of the first layer is frozen, the bias of the second."""
+    model = mlp()
+    model[0].weight.requires_grad_(False)
+    model[2].bias.requires_grad_(False)
+    return model
+
+
+def with_hooks() -> nn.Sequential:
+    """Its owner's hooks change what goes into a layer and what comes out: a steering vector, a scale."""
+    model = mlp()
+    model[2].register_forward_pre_hook(lambda _, args: (args[0] + 0.3,))
+    model[2].register_forward_hook(lambda _module, _args, output: 1.7 * output + 0.1)
+    return model
+
+
+class Attention(nn.Module):
+    """torch's own encoder layer, whose attention calls none of its projections as modules, and positions shared by the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places = nn.Linear(3, 4)
+        self.block = nn.TransformerEncoderLayer(4, 2, dim_feedforward=6, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        steps = torch.arange(x.shape[1], dtype=x.dtype)
+        table = torch.stack([steps, steps.sin(), steps.cos()], dim=-1)
+        return self.head(torch.tanh(self.block(x + self.places(table.unsqueeze(0))).mean(1)))
+
+
 class Choices(nn.Module):
     """A batch `[batch, 4, 2, 5]`, four choices of two positions, scored as one flat batch of `4 * batch`."""
 

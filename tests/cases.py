@@ -69,7 +69,7 @@ def state_of(model: nn.Module) -> dict[str, Any]:
 
 def digest(tensor: Tensor | None) -> str | None:
     """Return a short hash of the bytes: NaN equals NaN here."""
-    return None if tensor is None else hashlib.sha256(tensor.detach().numpy().tobytes()).hexdigest()[:12]
+    return None if tensor is None else hashlib.sha256(tensor.detach().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()[:12]
 
 
 def watch(model: nn.Module) -> nn.Module:
@@ -193,6 +193,9 @@ SELECTION = [
     simple("pattern", m.Blocks, "blocks.0.up blocks.1.up", layers=["blocks.*.up"]),
     simple("all_layers", m.Blocks, "enter blocks.0.up blocks.0.down blocks.1.up blocks.1.down head", layers="all"),
     simple("partly_frozen", m.partly_frozen, "blocks.1.up blocks.1.down head"),
+    simple("half_frozen", m.half_frozen, "0 2 4"),
+    simple("with_hooks", m.with_hooks, "0 2 4"),
+    simple("attention", m.Attention, "block.linear1 block.linear2 head", rows=many_positions),
     simple("checkpointed", partial(m.Blocks, checkpointed=True), "enter blocks.0.up blocks.0.down blocks.1.up blocks.1.down head"),
     simple("single_layer", lambda: nn.Sequential(nn.Linear(4, 3)), "0"),
 ]

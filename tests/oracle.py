@@ -10,7 +10,7 @@ Layout: G `[group, out, in]` with the bias as the last column; positions `a [pos
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -81,6 +81,26 @@ def as_matrix(module: nn.Module, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.cat([matrix, bias.reshape(matrix.shape[0], -1, 1)], dim=2)
 
 
+def trained(module: nn.Module) -> list[nn.Parameter]:
+    """Return what is trained of weight and bias, in this order."""
+    return [p for p in (module.weight, module.bias) if p is not None and p.requires_grad]
+
+
+def as_trained_matrix(module: nn.Module, values: Iterable[Tensor | None]) -> Tensor:
+    """Arrange one tensor (None: zero) for each trained parameter as `[group, out, in]`, without columns for what is frozen."""
+    rest = iter(values)
+    pair = [None if p is None else filled(next(rest) if p.requires_grad else None, p) for p in (module.weight, module.bias)]
+    return as_matrix(module, *pair)[..., columns(module)].detach()
+
+
+def columns(module: nn.Module) -> Tensor:
+    """Mark the columns of `[group, out, in]` that belong to trained parameters."""
+    whole = as_matrix(module, torch.full_like(module.weight, float(module.weight.requires_grad)), None)[0, 0]
+    if module.bias is not None:
+        whole = torch.cat([whole, whole.new_tensor([float(module.bias.requires_grad)])])
+    return whole.detach() > 0
+
+
 def positions(module: nn.Module, inputs: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
     """Return `a [position, group, in]` and `g [position, group, out]` of one use, every example's positions in a row."""
     if isinstance(module, nn.Conv2d):
@@ -89,7 +109,7 @@ def positions(module: nn.Module, inputs: Tensor, gradient: Tensor) -> tuple[Tens
         a, g = inputs.reshape(-1, 1, inputs.shape[-1]), gradient.reshape(-1, 1, gradient.shape[-1])
     if module.bias is not None:
         a = torch.cat([a, torch.ones_like(a[..., :1])], dim=-1)
-    return a, g
+    return a[..., columns(module)], g
 
 
 def conv_positions(conv: nn.Conv2d, inputs: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,7 +161,8 @@ def recorded(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, list[
         for name in names:
             for module in same_parameters(model, name):
                 handles.append(module.register_forward_pre_hook(copy_inputs, with_kwargs=True))
-                handles.append(module.register_forward_hook(recorder(name), with_kwargs=True))
+                # First of all hooks: what the layer computes is meant, not what its owner's hooks make of it.
+                handles.append(module.register_forward_hook(recorder(name), with_kwargs=True, prepend=True))
         yield calls
     finally:
         for handle in handles:
@@ -156,14 +177,13 @@ def run_one(model: nn.Module, names: Sequence[str], task: Any, batch: Any, objec
     # Calls made while gradient checkpointing repeats the forward are not wanted: the loss hangs on the first ones.
     calls = {name: [call for call in made if call[2].requires_grad] for name, made in calls.items()}
     layers = [model.get_submodule(name) for name in names]
-    wanted = [p for layer in layers for p in (layer.weight, layer.bias) if p is not None]
+    wanted: list[Tensor] = [p for layer in layers for p in trained(layer)]
     wanted += [output for made in calls.values() for _, _, output in made]
     found = iter(torch.autograd.grad(value.sum(), wanted, allow_unused=True))
     gradient = {}
     for name, layer in zip(names, layers, strict=True):
-        pair = [None if p is None else filled(next(found), p) for p in (layer.weight, layer.bias)]
-        matrix = as_matrix(layer, *pair)
-        gradient[name] = task.transform_gradient(name, matrix[None])[0].detach()
+        matrix = as_trained_matrix(layer, [next(found) for _ in trained(layer)])
+        gradient[name] = task.transform_gradient(name, matrix[None])[0]
     uses = {}
     for name, made in calls.items():
         parts = [(module, inputs.detach(), next(found)) for module, inputs, _ in made]

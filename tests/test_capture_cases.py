@@ -56,8 +56,8 @@ def test_oracle_examples_add_up_to_the_gradient_of_the_batch(case: Case) -> None
     examples = examples_of(case, model, task)[:BATCH]
     for index, name in enumerate(case.tracked):
         layer = model.get_submodule(name)
-        pair = torch.autograd.grad(losses.sum(), list(layer.parameters()), retain_graph=index + 1 < len(case.tracked))
-        whole = oracle.as_matrix(layer, *pair) if len(pair) == 2 else oracle.as_matrix(layer, pair[0], None)
+        found = torch.autograd.grad(losses.sum(), oracle.trained(layer), retain_graph=index + 1 < len(case.tracked), allow_unused=True)
+        whole = oracle.as_trained_matrix(layer, found)
         total = sum(example.gradient[name] for example in examples)
         oracle.assert_close(total, whole, f"{case.name} {name}", rtol=1e-10, atol_of_largest=1e-12)
 
@@ -69,15 +69,12 @@ def test_oracle_gradient_is_the_slope_of_the_loss(case: Case) -> None:
     batch = case.collate(case.data()[0][:1])
     example = oracle.run_one(model, case.tracked, task, batch, task.loss)
     layers = {name: model.get_submodule(name) for name in case.tracked}
-    steps = {name: [torch.randn_like(p) for p in layer.parameters()] for name, layer in layers.items()}
-    predicted = sum(
-        (example.gradient[name] * oracle.as_matrix(layers[name], *(steps[name] if len(steps[name]) == 2 else (*steps[name], None)))).sum()
-        for name in case.tracked
-    )
+    steps = {name: [torch.randn_like(p) for p in oracle.trained(layer)] for name, layer in layers.items()}
+    predicted = sum((example.gradient[name] * oracle.as_trained_matrix(layer, steps[name])).sum() for name, layer in layers.items())
 
     @torch.no_grad()
     def moved(distance: float) -> Tensor:
-        pairs = [(p, step) for name, layer in layers.items() for p, step in zip(layer.parameters(), steps[name], strict=True)]
+        pairs = [(p, step) for name, layer in layers.items() for p, step in zip(oracle.trained(layer), steps[name], strict=True)]
         before = [p.clone() for p, _ in pairs]
         for p, step in pairs:
             p.add_(step, alpha=distance)
@@ -109,9 +106,9 @@ def test_no_covariance_repeats_an_eigenvalue(case: Case) -> None:
 @pytest.mark.parametrize("case", EMPIRICAL, ids=ids)
 def test_the_layers_of_the_case_are_tracked(case: Case) -> None:
     model, (train, _) = case.model(), case.data()
-    attributor = case.attributor(model).fit(train, strategy="identity")
+    attributor = case.attributor(model).fit(train, strategy="diagonal", empirical=True, batch_size=BATCH)
     assert list(attributor.coverage.tracked) == list(case.tracked)
-    tracked = {id(p): p.numel() for name in case.tracked for p in model.get_submodule(name).parameters()}
+    tracked = {id(p): p.numel() for name in case.tracked for p in oracle.trained(model.get_submodule(name))}
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert attributor.coverage.share == pytest.approx(sum(tracked.values()) / trainable)
 

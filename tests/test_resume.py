@@ -79,13 +79,13 @@ def test_factors_of_another_checkpoint(strategy: str, tmp_path: Path) -> None:
 def test_factors_of_other_training_data(tmp_path: Path) -> None:
     attributor(run_dir=tmp_path).fit(ROWS, empirical=True)
     changed = replaced(ROWS, 4, (ROWS[4][0], (ROWS[4][1] + 1) % 3))
-    with pytest.raises(MismatchError, match=r"\btrain\b"):
+    with pytest.raises(MismatchError, match=r"\bdata\b"):
         attributor(run_dir=tmp_path).fit(changed, empirical=True)
 
 
 @pytest.mark.parametrize(
     ("field", "options"),
-    [("empirical", {"empirical": False}), ("max_examples", {"max_examples": 6}), ("seed", {"seed": 5, "empirical": False})],
+    [("empirical", {"empirical": False}), ("examples", {"max_examples": 6}), ("seed", {"seed": 5, "empirical": False})],
 )
 def test_factors_of_other_settings(field: str, options: dict, tmp_path: Path) -> None:
     first = {"empirical": field != "seed"}
@@ -225,3 +225,30 @@ def test_finished_work_is_not_done_again(stage: str, tmp_path: Path, monkeypatch
         # The four queries (two batches) are run anew before the training rows; then comes the block that was at work.
         repeated = calls["made"] - (total - allowed)
         assert repeated <= looks + 4, f"broken off after {allowed} of {total} calls, {repeated:.0f} were made twice"
+
+
+@pytest.mark.usefixtures("small_shards")
+@pytest.mark.parametrize("strategy", ["diagonal", "ekfac"])
+def test_a_layer_called_only_before_the_break_is_kept(strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gate is open in rows 2 and 3 alone; whoever goes on after them never sees the branch called."""
+    case = case_named("branch_not_always_taken")
+    rows = case.data()[0]
+    for index, (x, _) in enumerate(rows):
+        x[0] = x[0].abs() if index in (2, 3) else -x[0].abs()
+
+    def fit(folder: str) -> whence.Attributor:
+        ready = case.attributor(case.model(), task=Counted(), run_dir=tmp_path / folder)
+        return ready.fit(rows, strategy=strategy, empirical=True, batch_size=2)
+
+    calls = counted(monkeypatch)
+    wanted = fit("smooth")
+    total = int(calls["made"])
+    for allowed in range(3, total):
+        counted(monkeypatch, allowed)
+        with pytest.raises(KeyboardInterrupt):
+            fit(f"broken{allowed}")
+        counted(monkeypatch)
+        found = fit(f"broken{allowed}")
+        assert found.coverage.tracked == wanted.coverage.tracked, f"broken off after {allowed} of {total} calls"
+        assert files(tmp_path / f"broken{allowed}") == files(tmp_path / "smooth"), f"broken off after {allowed} of {total} calls"
+    assert "branch" in wanted.coverage.tracked

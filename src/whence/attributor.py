@@ -107,9 +107,9 @@ class Attributor:
                 "strategy": strategy,
                 "empirical": empirical,
                 "seed": self.seed,
-                "examples": len(indices),
+                "max_examples": len(indices),
                 **identity,
-                "data": self._fingerprint(train),
+                "train": self._fingerprint(train),
             }
             self._survey(recorder, rows)
             with self._store("factors", strategy, settings, overwrite) as store:

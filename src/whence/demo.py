@@ -6,8 +6,6 @@ Everything is real: the images, the network, its training, the scores. It needs 
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from whence.attributor import Attributor
 from whence.errors import ConfigError
 from whence.evaluate.mislabeled import recall_curve
 from whence.recipes.base import Recipe
-from whence.recipes.digits import DigitsData, DigitsSettings, build_network, load_data, make_recipe, predict, train_network
+from whence.recipes.digits import DigitsData, DigitsSettings, build_network, load_data, make_recipe, one_thread, predict, train_network
 from whence.report.digits import digits_page
 from whence.report.digits_findings import DigitsFindings, Misread
 from whence.report.page import require_extra, write_page
@@ -75,26 +73,12 @@ def run_demo(*, out: Path = Path("runs/demo"), seed: int = 0) -> DemoResult:
         require_extra(module)
     settings = DigitsSettings(seed=seed)
     _claim(out, settings)
-    with _one_thread():
+    with one_thread():
         findings, attributor = _work(settings, out)
     report = out / "report.html"
     write_page(digits_page(findings), report)
     _tell(attributor)
     return _result(findings, report)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Keep torch to one thread: layers this small only wait for others (measured: 2 s, against 55 s on two busy cores).
-
-    The numbers then do not depend on the number of cores either.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _work(settings: DigitsSettings, out: Path) -> tuple[DigitsFindings, Attributor]:

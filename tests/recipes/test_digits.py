@@ -70,6 +70,21 @@ def test_training_is_deterministic_and_leaves_the_random_state_alone():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_threads_change_nothing_and_are_as_they_were():
+    rows, before = d.load_data().train[:128], torch.get_num_threads()
+    weights = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            network = d.build_network()
+            d.train_network(network, rows, d.DigitsSettings(epochs=1))
+            assert torch.get_num_threads() == threads
+            weights.append(torch.cat([p.flatten() for p in network.parameters()]))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*weights)
+
+
 def test_the_built_in_recipe_asks_about_misread_digits():
     recipe = load_recipe("digits")
     readings, losses = d.predict(recipe.model, recipe.queries)
@@ -82,4 +97,4 @@ def test_the_built_in_recipe_asks_about_misread_digits():
 def test_rows_are_described_in_one_line():
     image = torch.zeros(1, 8, 8)
     assert d.describe(d.Digit(image, 3, 3)) == "labelled 3"
-    assert d.describe(d.Digit(image, 3, 8)) == "labelled 3, shows a 8 (flipped)"
+    assert d.describe(d.Digit(image, 3, 8)) == "labelled 3, shows an 8 (flipped)"

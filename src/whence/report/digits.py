@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from whence.recipes.digits import Digit
+from whence.recipes.digits import Digit, with_article
 from whence.report.digits_evidence import evidence, how_to_read, the_run
 from whence.report.digits_findings import DigitsFindings, Misread, count, is_flipped, percent, signed
 from whence.report.page import Case, Cases, Example, Gallery, KeyFigure, Page, Picture, Section, Strips
@@ -108,7 +108,7 @@ def _errors(findings: DigitsFindings) -> Section | None:
         return None
     return Gallery(
         title="Where the ranking errs",
-        short="Errors",
+        short="Where it errs",
         lead=[
             f"Among the first {findings.checked:,} rows, {count(len(early), 'has its right label', 'have their right label')}; "
             f"{count(len(late), 'wrong label comes', 'wrong labels come')} later. The number is the rank of each."
@@ -140,9 +140,9 @@ def _misread(findings: DigitsFindings) -> Section | None:
 
 def _case(findings: DigitsFindings, misread: Misread) -> Case:
     row = misread.row
-    image = _picture(row, f"Test digit: a {row.truth}, read as {misread.reading}")
+    image = _picture(row, f"Test digit: {with_article(row.truth)}, read as {misread.reading}")
     return Case(
-        query=Example(label=f"Read as {misread.reading}", note=f"It is a {row.truth}.", picture=image),
+        query=Example(label=f"Read as {misread.reading}", note=f"It is {with_article(row.truth)}.", picture=image),
         proponents=[_scored(findings, index, score) for index, score in misread.proponents],
         opponents=[_scored(findings, index, score) for index, score in misread.opponents],
     )

@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 import pyarrow as pa
 import torch
-from pyarrow import parquet
 from torch import Tensor
 
 from whence.errors import ConfigError, StorageError
+from whence.storage.run import write_table_atomic
 from whence.storage.shards import ShardStore
 
 
@@ -96,4 +96,4 @@ class Scores:
             for side, ranked in zip(sides, (self.top(query, k), self.bottom(query, k)), strict=True)
             for rank, (train, score) in enumerate(ranked, start=1)
         ]
-        parquet.write_table(pa.Table.from_pylist(rows), path)
+        write_table_atomic(Path(path), pa.Table.from_pylist(rows))

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pyarrow as pa
 import torch
-from pyarrow import parquet
 from torch import Tensor
 
 from whence.capture.contract import working_set
@@ -22,6 +21,7 @@ from whence.capture.passes import Rows, loss_of, raise_not_finite, run_block
 from whence.capture.recorder import Recorder
 from whence.capture.tracking import TrackedLayer, sum_type
 from whence.runtime.progress import Stages
+from whence.storage.run import write_table_atomic
 from whence.storage.shards import ShardStore
 
 
@@ -69,4 +69,4 @@ class SelfInfluence:
 def to_parquet(path: str | Path, scores: Tensor) -> None:
     """Write self-influence as a table with the columns `example` and `self_influence`."""
     table = pa.table({"example": pa.array(range(len(scores)), pa.int64()), "self_influence": scores.double().numpy()})
-    parquet.write_table(table, path)
+    write_table_atomic(Path(path), table)

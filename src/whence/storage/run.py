@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import hashlib
 import importlib.metadata
+import io
 import json
 import os
 import platform
@@ -21,8 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from filelock import FileLock, Timeout
+from pyarrow import parquet
 
 from whence.errors import StorageError
 from whence.storage.fingerprints import fingerprint_model, fingerprint_rows, fingerprint_source
@@ -36,6 +39,7 @@ __all__ = [
     "sha256_file",
     "write_bytes_atomic",
     "write_json_atomic",
+    "write_table_atomic",
 ]
 
 _LOCK_WAIT_S = 30.0
@@ -85,6 +89,17 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def write_table_atomic(path: Path, table: pa.Table) -> None:
+    """Write a table as parquet, atomically.
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
+    buffer = io.BytesIO()
+    parquet.write_table(table, buffer)
+    write_bytes_atomic(path, buffer.getvalue())
 
 
 def write_json_atomic(path: Path, obj: Any) -> None:
