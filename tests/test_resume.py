@@ -79,13 +79,13 @@ def test_factors_of_another_checkpoint(strategy: str, tmp_path: Path) -> None:
 def test_factors_of_other_training_data(tmp_path: Path) -> None:
     attributor(run_dir=tmp_path).fit(ROWS, empirical=True)
     changed = replaced(ROWS, 4, (ROWS[4][0], (ROWS[4][1] + 1) % 3))
-    with pytest.raises(MismatchError, match=r"\bdata\b"):
+    with pytest.raises(MismatchError, match=r"\btrain\b"):
         attributor(run_dir=tmp_path).fit(changed, empirical=True)
 
 
 @pytest.mark.parametrize(
     ("field", "options"),
-    [("empirical", {"empirical": False}), ("examples", {"max_examples": 6}), ("seed", {"seed": 5, "empirical": False})],
+    [("empirical", {"empirical": False}), ("max_examples", {"max_examples": 6}), ("seed", {"seed": 5, "empirical": False})],
 )
 def test_factors_of_other_settings(field: str, options: dict, tmp_path: Path) -> None:
     first = {"empirical": field != "seed"}

@@ -281,6 +281,26 @@ def test_half_precision_models_are_summed_in_single_precision(strategy: str) -> 
     assert abs(own[0].mean() / own[1].mean() - 1) < 0.03
 
 
+class Autocast(Classification):
+    """Mixed precision, as training code has it: weights in float32, activations of some layers in bfloat16."""
+
+    def output(self, model: nn.Module, batch: Any) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return super().output(model, batch).float()
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_task_may_use_autocast(strategy: str) -> None:
+    """bfloat16 has a relative rounding of 0.4%; the damped inverse amplifies it some times over."""
+    rows, queries = ([(x.float(), label) for x, label in part] for part in (ROWS, QUERIES))
+    found = []
+    for task in (Autocast(), Classification()):
+        attributor = CASE.attributor(watch(CASE.model().float()), task=task).fit(rows, strategy=strategy, empirical=True, batch_size=5)
+        found.append(attributor.scores(queries, rows, batch_size=5).values)
+    assert found[0].dtype == torch.float32
+    oracle.assert_close(found[0], found[1], f"{strategy} under autocast", rtol=0.0, atol_of_largest=0.1)
+
+
 @pytest.mark.parametrize("damping", [0.5, 2.0])
 def test_absolute_damping_holds_for_a_layer_without_curvature(damping: float) -> None:
     """Where no fitted row reaches a layer its curvature is zero, and `(0 + damping)^-1` is what the definition says."""

@@ -30,6 +30,10 @@ from whence.storage.shards import ShardStore
 from whence.tasks import Task
 
 
+FORMAT = 1
+"""Raised when what a run folder holds changes its meaning; older folders are then refused by name."""
+
+
 class Attributor:
     """Traces a trained model's behaviour to its training examples.
 
@@ -229,6 +233,7 @@ class Attributor:
             yield (
                 recorder,
                 {
+                    "format": FORMAT,
                     "model": fingerprint_model(self.model),
                     "task": fingerprint_source(self.task),
                     "task options": {name: repr(value) for name, value in sorted(vars(self.task).items())},

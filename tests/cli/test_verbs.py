@@ -154,7 +154,7 @@ def test_options_come_from_a_file_and_the_command_line_goes_first(run: Any, here
     assert done.data["strategy"] == "diagonal"
     assert done.data["run_dir"] == "elsewhere"
     store = json.loads((here / "elsewhere/factors/diagonal/manifest.json").read_text(encoding="utf-8"))
-    assert '"examples": 11' in json.dumps(store)
+    assert '"max_examples": 11' in json.dumps(store)
 
 
 def test_lists_come_from_a_file(run: Any, here: Path) -> None:
