@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 import case_models as m
+import case_models_conv as c
 import case_tasks as t
 from case_data import (
     QUERIES,
@@ -137,7 +138,7 @@ images = partial(labelled, shape=(4, 5, 6))
 
 def conv(name: str, channels: int = 6, **options: Any) -> Case:
     """A convolution with these options."""
-    return Case(name=f"conv_{name}", factory=partial(m.ConvNet, channels, **options), rows=images, tracked=("conv", "head"))
+    return Case(name=f"conv_{name}", factory=partial(c.ConvNet, channels, **options), rows=images, tracked=("conv", "head"))
 
 
 def simple(name: str, factory: Callable[[], nn.Module], tracked: str, **options: Any) -> Case:
@@ -184,8 +185,8 @@ CONVOLUTIONS = [
     conv("same_circular", padding="same", padding_mode="circular"),
     conv("groups_reflect", groups=2, padding=(2, 1), padding_mode="reflect", stride=2),
     conv("in_place_relu", activation=nn.ReLU(inplace=True)),
-    simple("conv_reused", m.ReusedConv, "conv head", rows=images),
-    simple("conv_batchnorm", m.NormedConvNet, "conv squeeze head", rows=images, layers=["conv", "squeeze", "head"]),
+    simple("conv_reused", c.ReusedConv, "conv head", rows=images),
+    simple("conv_batchnorm", c.NormedConvNet, "conv squeeze head", rows=images, layers=["conv", "squeeze", "head"]),
 ]
 
 SELECTION = [

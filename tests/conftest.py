@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -16,6 +17,12 @@ torch.set_num_threads(1)
 def pytest_configure(config: pytest.Config) -> None:
     # Even kernels with padding="same" are a case here; torch remarks that they cost a copy.
     config.addinivalue_line("filterwarnings", "ignore:Using padding='same'")
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test pulls the plug, and thousands of small shards would wait for the disk most of the time."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 @pytest.fixture(autouse=True)

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from compare import assert_close  # noqa: F401  (used as oracle.assert_close)
+
 Objective = Callable[[nn.Module, Any, int], Tensor]
 
 
@@ -307,33 +309,3 @@ def pairwise(
         name: pairwise_layer([q.gradient[name] for q in queries], [t.gradient[name] for t in train], curvature, dampings[name])
         for name, curvature in curvatures.items()
     }
-
-
-# ---------------------------------------------------------------------------------------------- comparison
-
-
-def assert_close(actual: Tensor, expected: Tensor, what: str, *, rtol: float = 1e-6, atol_of_largest: float = 1e-9) -> None:
-    """Fail, saying where and by how much, unless `|actual - expected| <= rtol |expected| + atol_of_largest max |expected|`."""
-    assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
-    actual, expected = actual.detach().double(), expected.detach().double()
-    largest = expected.abs().max() if expected.numel() else torch.tensor(0.0)
-    wrong = ~((actual - expected).abs() <= rtol * expected.abs() + atol_of_largest * largest)
-    if wrong.any():
-        raise AssertionError(allclose_report(actual, expected, wrong, what))
-
-
-def allclose_report(actual: Tensor, expected: Tensor, wrong: Tensor, what: str, show: int = 5) -> str:
-    """Say how many entries differ, by how much in all, and list the worst."""
-    error = (actual - expected).abs()
-    order = torch.where(error.isnan(), torch.inf, error).flatten().argsort(descending=True)[:show]
-    overall = (error.norm() / expected.norm()).item()
-    slope = ((actual * expected).sum() / expected.square().sum()).item()
-    lines = [
-        f"{what}: {int(wrong.sum())} of {wrong.numel()} entries differ; relative error of the whole {overall:.2e}, "
-        f"least-squares factor actual/expected {slope:.8f}"
-    ]
-    for flat in order.tolist():
-        place = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), actual.shape))
-        have, want = actual.flatten()[flat].item(), expected.flatten()[flat].item()
-        lines.append(f"  at {place}: {have:.9g}, expected {want:.9g}, difference {have - want:.2e}")
-    return "\n".join(lines)

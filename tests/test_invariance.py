@@ -62,7 +62,7 @@ def test_batch_sizes_change_nothing(name: str, strategy: str) -> None:
     case = case_named(name)
     rows, queries = case.data()
     wanted = scored(case, rows, queries, strategy=strategy)
-    for fit_batch, batch, query_batch in ((1, 1, 1), (4, 6, 2), (13, 50, 4)):
+    for fit_batch, batch, query_batch in ((1, 1, 1), (4, 50, 2)):
         found = scored(case, rows, queries, strategy=strategy, fit_batch=fit_batch, batch=batch, query_batch=query_batch)
         assert_same(found, wanted, f"{name} {strategy} batches {fit_batch} {batch} {query_batch}")
 

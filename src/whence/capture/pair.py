@@ -96,6 +96,20 @@ class Pair:
         # A column of ones times the last row of Q is an offset: no copy of the inputs is made to append it.
         return _times(self.a, q[:, :-1], q[:, -1]) if self.bias else _times(self.a, q)
 
+    def live(self) -> Pair:
+        """Return the pair without positions at which no example has a gradient; they add nothing to `G`.
+
+        A classifier that reads one token leaves most of its last block without any, and padding often has none.
+        """
+        # On a GPU the look would make the host wait. Where both ends have a gradient, nothing is expected between.
+        if self.transform is not None or self.g.shape[2] == 1 or self.g.device.type != "cpu":
+            return self
+        if self.g[:, :, 0].any() and self.g[:, :, -1].any():
+            return self
+        places = self.g.abs().amax((0, 1, 3)).nonzero().flatten()
+        places = places if len(places) else places.new_zeros(1)
+        return replace(self, a=self.a[:, :, places], g=self.g[:, :, places], mask=None)
+
     def chunks(self, size: int) -> Iterator[tuple[slice, Pair]]:
         """Yield the pair a few examples at a time."""
         for start in range(0, len(self.a), size):
@@ -112,11 +126,12 @@ class Pair:
 
         Each yielded tensor may be overwritten by the consumer.
         """
-        choice = contract.gradients(self.sizes, basis.sides, budget)
         if self.transform is not None:  # it may mix examples, so that chunks would change its result
             yield slice(None), basis.rotate(self.formed())
             return
-        for rows, part in self.chunks(choice.chunk):
+        pair = self.live()
+        choice = contract.gradients(pair.sizes, basis.sides, budget)
+        for rows, part in pair.chunks(choice.chunk):
             if choice.order == "rotate":
                 yield rows, part.rotated(basis).formed()
             else:
@@ -124,34 +139,37 @@ class Pair:
 
     def sum_of_squares(self, basis: Basis, budget: int) -> Tensor:
         """Return the sum over examples of squared rotated gradients, `[group, out, in]`."""
-        sizes = self.sizes
+        pair = self.live()
+        sizes = pair.sizes
         choice = contract.squares(sizes, basis.sides, budget)
         if choice.order == "outer" and self.transform is None:
-            a, g = self._rotated_squares(basis)
+            a, g = pair._rotated_squares(basis)
             return g.mT @ a
-        total = self.g.new_zeros(sizes.groups, sizes.outputs, sizes.inputs)
-        for _, gradient in self.gradients(basis, budget):
+        total = pair.g.new_zeros(sizes.groups, sizes.outputs, sizes.inputs)
+        for _, gradient in pair.gradients(basis, budget):
             total += gradient.square_().sum(0)
         return total
 
     def weighted_squares(self, basis: Basis, weights: Tensor, budget: int) -> Tensor:
         """Return per example the sum of its squared rotated gradient times `weights` `[group, out, in]`: `[example]`."""
-        choice = contract.squares(self.sizes, basis.sides, budget)
+        pair = self.live()
+        choice = contract.squares(pair.sizes, basis.sides, budget)
         if self.transform is None and choice.order == "outer":
-            a, g = self._rotated_squares(basis)
+            a, g = pair._rotated_squares(basis)
             return ((g @ weights) * a).sum((0, 2))
         flat = weights.flatten()
-        return torch.cat([gradient.square_().flatten(1) @ flat for _, gradient in self.gradients(basis, budget)])
+        return torch.cat([gradient.square_().flatten(1) @ flat for _, gradient in pair.gradients(basis, budget)])
 
     def norms(self, budget: int) -> Tensor:
         """Return the squared norm of every example's gradient, per group: `[example, group]`."""
-        choice = contract.squares(self.sizes, IDENTITY.sides, budget, uniform=True)
+        pair = self.live()
+        choice = contract.squares(pair.sizes, IDENTITY.sides, budget, uniform=True)
         if self.transform is None and choice.order == "gram":
-            return torch.cat([part._gram_norms() for _, part in self.chunks(choice.chunk)])
+            return torch.cat([part._gram_norms() for _, part in pair.chunks(choice.chunk)])
         if self.transform is None and choice.order == "outer":
-            a, g = self._rotated_squares(IDENTITY)
+            a, g = pair._rotated_squares(IDENTITY)
             return (g.sum(-1) * a.sum(-1)).mT
-        return torch.cat([gradient.square_().sum((2, 3)) for _, gradient in self.gradients(IDENTITY, budget)])
+        return torch.cat([gradient.square_().sum((2, 3)) for _, gradient in pair.gradients(IDENTITY, budget)])
 
     def _rotated_squares(self, basis: Basis) -> tuple[Tensor, Tensor]:
         """Squares of the rotated pair at its one position, `[group, example, in]` and `[group, example, out]`."""

@@ -51,6 +51,7 @@ class DenseQueries:
             gradient = pair.formed()
             gradient = self.basis.rotate(gradient) if self.rotated else gradient
             return gradient.flatten(1) @ self.values.flatten(1).mT
+        pair = pair.live()
         pair = pair.rotated(self.basis) if self.rotated else pair
         choice = contract.pairwise(pair.sizes, len(self.values), self.budget)
         a = pair.inputs()
@@ -94,6 +95,7 @@ class PairQueries:
 
     def fill(self, first: int, pair: Pair) -> None:
         """Keep the pair; positions are filled up with zeros to the longest query's."""
+        pair = pair.live()
         a, g = pair.inputs(), pair.g
         missing = a.shape[2] - self.a.shape[2]
         if missing > 0:
@@ -103,6 +105,7 @@ class PairQueries:
 
     def scores(self, pair: Pair) -> Tensor:
         """Gram form: sum over both sides' positions of `(a . a')(g . g')`."""
+        pair = pair.live()
         total = pair.g.new_zeros(len(pair.g), len(self.g))
         inputs = pair.inputs()
         for group in range(pair.g.shape[1]):
@@ -119,6 +122,7 @@ def _products(train: Tensor, query: Tensor) -> Tensor:
 
 def make_resident(pair: Pair, basis: Basis, weights: Tensor | None, *, queries: int, train: int, budget: int) -> Resident:
     """Choose how to hold one layer's queries, by the sizes of the first query batch and the number of training rows."""
+    pair = pair.live()
     sizes = pair.sizes
     if weights is None and pair.transform is None and contract.keep_pairs(sizes, IDENTITY.sides):
         return PairQueries.empty(queries, pair)
