@@ -52,6 +52,13 @@ class PackedTask(Task):
         return batch["ids"] >= 0
 
 
+class UnmaskedPackedTask(PackedTask):
+    """As before, but only the ids tell that a position is empty."""
+
+    def padding_mask(self, batch: Any) -> None:
+        return None
+
+
 class PaddedTask(Classification):
     """Rows of different length, padded in the batch."""
 

@@ -212,6 +212,9 @@ EXAMPLES = [
     simple("uneven_groups", m.PerPosition, "inner head", rows=groups, task=t.GroupTask, collate=collate_groups, sampled=False),
     simple("packed", m.PerPosition, "inner head", rows=sequences, task=t.PackedTask, collate=collate_packed, sampled=False),
     simple(
+        "packed_without_mask", m.PerPosition, "inner head", rows=sequences, task=t.UnmaskedPackedTask, collate=collate_packed, sampled=False
+    ),
+    simple(
         "padded",
         m.MaskedPool,
         "inner deeper head",

@@ -210,12 +210,14 @@ def gathered(parts: list[tuple[nn.Module, Tensor, Tensor]], mask: Tensor | None)
 
 
 def mask_for(task: Any, name: str, batch: Any) -> Tensor | None:
-    """Return the padding mask that belongs to the named layer."""
+    """Return which positions are real for the named layer: not padding, and belonging to an example."""
     mask = task.padding_mask(batch)
-    if not isinstance(mask, Mapping):
+    if isinstance(mask, Mapping):
+        mask = next((value for pattern, value in mask.items() if fnmatch.fnmatchcase(name, pattern)), None)
+    ids = task.example_ids(batch)
+    if ids is None or ids.dim() == 1:
         return mask
-    fitting = [value for pattern, value in mask.items() if fnmatch.fnmatchcase(name, pattern)]
-    return fitting[0] if fitting else None
+    return ids >= 0 if mask is None else (ids >= 0) & (mask != 0)
 
 
 def collect(
