@@ -12,26 +12,23 @@ from torch import Tensor, nn
 
 from whence.capture.passes import Rows, draw_rows
 from whence.capture.recorder import Recorder
-from whence.capture.survey import leave_out_unbatched, sample
+from whence.capture.survey import Survey, survey
 from whence.capture.tracking import sum_type, track
 from whence.curvature.basis import Damping, resolve_damping
-from whence.curvature.fit import Fitter, unreached
+from whence.curvature.fit import Fitter, unfitted
 from whence.curvature.stored import Preconditioner, only_strategy, open_factors, preconditioner
 from whence.curvature.strategies import StrategyName, get_strategy
 from whence.errors import ConfigError
 from whence.runtime.batches import check_dataset
 from whence.runtime.device import resolve_device
 from whence.runtime.progress import Stages
+from whence.scores.blocks import unreached
 from whence.scores.matrix import Scores
 from whence.scores.pairwise import Pairwise
 from whence.scores.self_influence import SelfInfluence
-from whence.storage.run import RunFolder, fingerprint_model, fingerprint_rows, fingerprint_source
+from whence.storage.run import RunFolder
 from whence.storage.shards import ShardStore
 from whence.tasks import Task
-
-
-FORMAT = 1
-"""Raised when what a run folder holds changes its meaning; older folders are then refused by name."""
 
 
 class Attributor:
@@ -106,16 +103,15 @@ class Attributor:
             return self
         indices = draw_rows(check_dataset(train, "training"), max_examples, seed=self.seed)
         rows = self._rows(train, indices, batch_size)
-        with self._session(rows) as (recorder, identity):
+        with self._session(rows, train=train) as (recorder, seen):
             settings = {
                 "strategy": strategy,
                 "empirical": empirical,
                 "seed": self.seed,
                 "max_examples": len(indices),
-                **identity,
-                "train": self._fingerprint(train),
+                **seen.identity,
+                **seen.data,
             }
-            self._survey(recorder, rows)
             with self._store("factors", strategy, settings, overwrite) as store:
                 if not store.complete:
                     Fitter(
@@ -127,7 +123,7 @@ class Attributor:
                         store=store,
                         stages=self.stages,
                     ).fit()
-                    store.finish({"unreached": unreached(store, self._layers)})
+                    store.finish({"unreached": unfitted(store, self._layers)})
                 self._leave_out_unreached(store)
         self._strategy = strategy
         self._record("fit", settings)
@@ -164,15 +160,9 @@ class Attributor:
         query_rows = self._rows(queries, range(check_dataset(queries, "query")), query_batch_size, "query_batch_size")
         train_rows = self._rows(train, range(check_dataset(train, "training")), batch_size)
         strategy, checked = self._chosen(strategy), resolve_damping(damping)
-        with self._session(train_rows) as (recorder, identity):
-            factors = self._factors(strategy, identity)
-            settings = {
-                **self._score_settings(strategy, checked, identity, factors),
-                "per_layer": per_layer,
-                "train": self._fingerprint(train),
-                "queries": self._fingerprint(queries),
-            }
-            self._survey(recorder, train_rows)
+        with self._session(train_rows, train=train, queries=queries) as (recorder, seen):
+            factors = self._factors(strategy, seen)
+            settings = {**self._score_settings(strategy, checked, seen, factors), "per_layer": per_layer}
             with self._store("scores", strategy, settings, overwrite) as store:
                 if not store.complete:
                     bases, weights = self._preconditioner(factors, checked)
@@ -184,7 +174,8 @@ class Attributor:
                         store=store,
                         stages=self.stages,
                     ).run(query_rows, train_rows)
-                    store.finish({})
+                    store.finish({"unreached": unreached(store, train_rows, self._layers)})
+                self._leave_out_unreached(store)
         self._record("scores", settings)
         return Scores.load(store.folder)
 
@@ -203,18 +194,15 @@ class Attributor:
         """
         rows = self._rows(train, range(check_dataset(train, "training")), batch_size)
         strategy, checked = self._chosen(strategy), resolve_damping(damping)
-        with self._session(rows) as (recorder, identity):
-            factors = self._factors(strategy, identity)
-            settings = {
-                **self._score_settings(strategy, checked, identity, factors),
-                "train": self._fingerprint(train),
-            }
-            self._survey(recorder, rows)
+        with self._session(rows, train=train) as (recorder, seen):
+            factors = self._factors(strategy, seen)
+            settings = self._score_settings(strategy, checked, seen, factors)
             with self._store("self_influence", strategy, settings, overwrite) as store:
                 bases, weights = self._preconditioner(factors, checked)
                 values = SelfInfluence(recorder=recorder, bases=bases, weights=weights, store=store, stages=self.stages).run(rows)
                 if not store.complete:
-                    store.finish({})
+                    store.finish({"unreached": unreached(store, rows, self._layers)})
+                self._leave_out_unreached(store)
         self._record("self_influence", settings)
         return values
 
@@ -224,34 +212,18 @@ class Attributor:
         return Rows(dataset=dataset, indices=indices, batch_size=batch_size, collate=self.collate, device=self.device)
 
     @contextmanager
-    def _session(self, train: Rows) -> Iterator[tuple[Recorder, dict[str, Any]]]:
-        """Install the taps for one call; give the recorder, and what results depend on besides data and options."""
+    def _session(self, rows: Rows, **datasets: Any) -> Iterator[tuple[Recorder, Survey]]:
+        """Install the taps for one call and look at model and data."""
         recorder = Recorder(self.model, self._layers, self.task)
         with recorder.recording():
-            with torch.no_grad():
-                self.task.prepare(self.model, sample(train))
-            yield (
-                recorder,
-                {
-                    "format": FORMAT,
-                    "model": fingerprint_model(self.model),
-                    "task": fingerprint_source(self.task),
-                    "task options": {name: repr(value) for name, value in sorted(vars(self.task).items())},
-                    "layers": {layer.name: list(layer.shape) for layer in self._layers},
-                },
-            )
+            seen = survey(recorder, rows, datasets)
+            for name in seen.unbatched:
+                self.coverage.drop(name, "called without the batch's axis")
+            yield recorder, seen
 
-    def _survey(self, recorder: Recorder, train: Rows) -> None:
-        for name in leave_out_unbatched(recorder, train):
-            self.coverage.drop(name, "called without the batch's axis")
-
-    def _leave_out_unreached(self, factors: ShardStore) -> None:
-        for name in factors.result["unreached"]:
+    def _leave_out_unreached(self, store: ShardStore) -> None:
+        for name in store.result["unreached"]:
             self.coverage.drop(name, "reached by no gradient (never called as a module, or cut off from the loss)")
-
-    def _fingerprint(self, dataset: Any) -> str:
-        """Hash every row; the task looks at each one in the same pass, before long work starts."""
-        return fingerprint_rows(dataset, inspect=lambda index, row: self.task.inspect_row(self.model, index, row))
 
     @contextmanager
     def _store(self, kind: str, strategy: str, settings: dict[str, Any], overwrite: bool) -> Iterator[ShardStore]:
@@ -267,23 +239,22 @@ class Attributor:
             return strategy
         return self._strategy or only_strategy(self.run.sub("factors"))
 
-    def _factors(self, strategy: str, identity: dict[str, Any]) -> ShardStore | None:
+    def _factors(self, strategy: str, seen: Survey) -> ShardStore | None:
         """Open the fitted factors; None for identity, which has none."""
         if strategy == "identity":
             return None
-        stored = open_factors(self.run.sub("factors", strategy), identity)
+        stored = open_factors(self.run.sub("factors", strategy), seen.identity)
         self._leave_out_unreached(stored)
         return stored
 
-    def _score_settings(
-        self, strategy: str, damping: float | Damping, identity: dict[str, Any], factors: ShardStore | None
-    ) -> dict[str, Any]:
-        fitted = {} if factors is None else {k: v for k, v in factors.settings.items() if k not in identity}
+    def _score_settings(self, strategy: str, damping: float | Damping, seen: Survey, factors: ShardStore | None) -> dict[str, Any]:
+        fitted = {} if factors is None else {k: v for k, v in factors.settings.items() if k not in seen.identity}
         return {
             "strategy": strategy,
             "damping": damping if isinstance(damping, float) else vars(damping),
-            **identity,
+            **seen.identity,
             "factors": fitted,
+            **seen.data,
         }
 
     def _preconditioner(self, factors: ShardStore | None, damping: float | Damping) -> Preconditioner:

@@ -25,7 +25,10 @@ class Noise(Protocol):
 
 
 class Task:
-    """Base class of all tasks; subclasses give `loss` and `sampled_loss`, the rest has defaults."""
+    """Base class of all tasks; subclasses give `loss` and `sampled_loss`, the rest has defaults.
+
+    Attributes without a leading underscore are options: results made with other options are not mixed up with these.
+    """
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """Return the training loss `[batch]`, summed over an example's tokens."""
@@ -103,7 +106,7 @@ class Classification(_Supervised):
         if measurement not in ("loss", "margin"):
             raise ConfigError(f"measurement={measurement!r} is not known; choose 'loss' or 'margin'.")
         self.input_key, self.target_key, self.measure = inputs, labels, measurement
-        self.classes: int | None = None
+        self._classes: int | None = None
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """Return the cross-entropy `[batch]`."""
@@ -137,7 +140,7 @@ class Classification(_Supervised):
 
     def prepare(self, model: nn.Module, batch: Any) -> None:
         """Learn the number of classes from the model's output."""
-        self.classes = self.output(model, batch).shape[-1]
+        self._classes = self.output(model, batch).shape[-1]
 
     def inspect_row(self, model: nn.Module, index: int, row: Any) -> None:
         """Raise `DataError` for a label that is no class of the model."""
@@ -145,13 +148,13 @@ class Classification(_Supervised):
         if labels.is_floating_point():
             raise DataError(
                 f"row {index}: label {labels.tolist()!r} is not an integer. "
-                f"Classification takes class numbers from 0 to {(self.classes or 0) - 1}."
+                f"Classification takes class numbers from 0 to {(self._classes or 0) - 1}."
             )
-        wrong = labels[(labels != self.ignore_index) & ((labels < 0) | (labels >= (self.classes or 0)))]
+        wrong = labels[(labels != self.ignore_index) & ((labels < 0) | (labels >= (self._classes or 0)))]
         if wrong.numel():
             raise DataError(
-                f"row {index}: label {wrong.flatten()[0].item()} is out of range: the model has {self.classes} classes, "
-                f"so labels run from 0 to {(self.classes or 0) - 1}. Correct the row or the model's number of outputs."
+                f"row {index}: label {wrong.flatten()[0].item()} is out of range: the model has {self._classes} classes, "
+                f"so labels run from 0 to {(self._classes or 0) - 1}. Correct the row or the model's number of outputs."
             )
 
 

@@ -197,6 +197,6 @@ def _times(x: Tensor, matrix: Tensor, offset: Tensor | None = None) -> Tensor:
         product = torch.einsum("egrf,gfh->egrh", x, matrix)
         return product if offset is None else product + offset[:, None]
     # One group: a single large product runs at several times the speed of a small one per example.
-    flat = x.reshape(-1, x.shape[-1])
+    flat = x.flatten(0, -2)
     product = flat @ matrix[0] if offset is None else torch.addmm(offset[0], flat, matrix[0])
-    return product.view(*x.shape[:-1], -1)
+    return product.view(*x.shape[:-1], matrix.shape[-1])

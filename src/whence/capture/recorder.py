@@ -9,19 +9,21 @@ the earliest tracked layer.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.hooks import RemovableHandle
 
+from whence.capture.assemble import joined, mask_for, regrouped
 from whence.capture.pair import Pair
 from whence.capture.regroup import Regrouping
-from whence.capture.tracking import TrackedLayer
+from whence.capture.tracking import TrackedLayer, sum_type
 from whence.errors import DataError, LayerError
 from whence.runtime.batches import Batch
 from whence.tasks import Task
@@ -52,6 +54,8 @@ class _Pass:
     calls: dict[str, int] = field(default_factory=dict)
     pending: list[_Call] = field(default_factory=list)
     pieces: dict[str, list[tuple[_Call, Tensor, Tensor]]] = field(default_factory=dict)
+    muted: dict[str, bool] = field(default_factory=dict)  # called without gradients: in a reentrant checkpoint?
+    finished: set[str] = field(default_factory=set)
     backward: bool = False
     regrouping: Regrouping | None = None
     masks: Tensor | Mapping[str, Tensor] | None = None
@@ -67,6 +71,7 @@ class Recorder:
         self._copied: set[str] = set()  # layers whose input is overwritten after use
         self._checked: set[str] = set()  # subclasses whose forward was compared
         self._left_out: set[str] = set()
+        self._sums = sum_type(model)  # half precision is summed in float32
         self._pass: _Pass | None = None
         self.observers: list[Callable[[TrackedLayer, Tensor, Tensor], None]] = []
 
@@ -74,7 +79,9 @@ class Recorder:
     def recording(self) -> Iterator[Recorder]:
         """Install the taps, freeze the model and put it in eval mode; on exit everything is as found."""
         training = [(m, m.training) for m in self.model.modules()]
-        required = [(p, p.requires_grad) for p in self.model.parameters()]
+        # A module that the task holds is frozen too: the backward pass must leave no gradient on it.
+        frozen = [self.model, *(value for value in getattr(self.task, "__dict__", {}).values() if isinstance(value, nn.Module))]
+        required = [(p, p.requires_grad) for module in frozen for p in module.parameters()]
         handles: list[RemovableHandle] = []
         with torch.random.fork_rng(devices=_devices(self.model)):
             try:
@@ -83,7 +90,8 @@ class Recorder:
                     parameter.requires_grad_(False)
                 for layer in self.layers:
                     for module in layer.modules:
-                        handles.append(module.register_forward_hook(self._tap(layer), with_kwargs=True))
+                        # Before the owner's own hooks, which may change the output.
+                        handles.append(module.register_forward_hook(self._tap(layer), with_kwargs=True, prepend=True))
                 yield self
             finally:
                 self._pass = None
@@ -119,20 +127,21 @@ class Recorder:
             # What is left had a call whose output reached no loss.
             for name in list(now.pieces):
                 self._complete(name)
+            _refuse_checkpointed(now)
             return values.detach()
         finally:
             self._pass = None
 
-    def survey(self, batch: Any) -> tuple[int, dict[str, set[int]]]:
+    def survey(self, batch: Batch) -> tuple[int, dict[str, set[int]]]:
         """Run a batch forward only; return its number of rows and the leading sizes each layer was called with."""
         leading: dict[str, set[int]] = {}
         self.observers.append(lambda layer, x, output: leading.setdefault(layer.name, set()).add(len(output) if output.dim() > 1 else 1))
         try:
             self._pass = _Pass(consumer=_ignore)
-            with torch.no_grad():
-                values = self.task.loss(self.model, batch)
-            ids = self.task.example_ids(batch)
-            return (len(values) if values.dim() else 1) if ids is None else len(ids), leading
+            with torch.enable_grad():
+                self.task.loss(self.model, batch.data)
+            ids = self.task.example_ids(batch.data)
+            return len(batch.ids) if ids is None else len(ids), leading
         finally:
             self._pass = None
             self.observers.clear()
@@ -176,6 +185,8 @@ class Recorder:
         if layer.own_forward and layer.name not in self._checked:
             self._check_forward(layer, module, x, output)
         if not torch.is_grad_enabled():
+            if not now.backward:
+                now.muted.setdefault(layer.name, _in_reentrant_checkpoint())
             return None
         kept = x.detach()
         if layer.name in self._copied or now.backward:
@@ -194,6 +205,11 @@ class Recorder:
         now = self._pass
         if now is None or call.x is None:
             return
+        if not now.backward:
+            raise LayerError(
+                f"layer {call.layer.name!r}: the task takes a gradient through the model inside its loss. The loss's own gradient then "
+                "is no sum over the layer's calls, and influence cannot be computed from it. Use a loss without that term."
+            )
         if call.overwritten:
             raise LayerError(
                 f"layer {call.layer.name!r}: its input was changed in place between the layer's call and its gradient. "
@@ -202,20 +218,21 @@ class Recorder:
         x, call.x = call.x, None
         pieces = now.pieces.setdefault(call.layer.name, [])
         pieces.append((call, x, g.detach()))
-        if now.backward and len(pieces) == now.calls[call.layer.name]:
+        if len(pieces) == now.calls[call.layer.name]:
             self._complete(call.layer.name)
 
     def _complete(self, name: str) -> None:
         now = self._pass
         assert now is not None
         pieces = now.pieces.pop(name)
+        now.finished.add(name)
         layer = pieces[0][0].layer
         with torch.no_grad():
             pairs = [self._pair(now, layer, call.module, x, g) for call, x, g in pieces]
-            now.consumer(layer, pairs[0] if len(pairs) == 1 else _joined(pairs))
+            now.consumer(layer, pairs[0] if len(pairs) == 1 else joined(pairs))
 
     def _pair(self, now: _Pass, layer: TrackedLayer, module: nn.Module, x: Tensor, g: Tensor) -> Pair:
-        a, g = layer.handler.inputs(module, x), layer.handler.gradients(module, g)
+        a, g = (part.to(self._sums) for part in (layer.handler.inputs(module, x), layer.handler.gradients(module, g)))
         if not self._transforms and len(g) != now.rows:
             raise LayerError(
                 f"layer {layer.name!r} was called on {len(g)} rows, but the batch has {now.rows}. Its first axis must be "
@@ -224,9 +241,9 @@ class Recorder:
             )
         if not layer.weight:
             a = a[..., :0]
-        mask = _mask_for(now.masks, layer.name, a.shape[:2])
+        mask = mask_for(now.masks, layer.name, a.shape[:2])
         if now.regrouping is not None:
-            a, g, mask = _regrouped(now.regrouping, a, g, mask)
+            a, g, mask = regrouped(now.regrouping, a, g, mask)
         # Groups before positions: a view for one group, and batched products for more.
         a, g = a.transpose(1, 2), g.transpose(1, 2)
         transform = (lambda gradient: self.task.transform_gradient(layer.name, gradient)) if self._transforms else None
@@ -245,53 +262,28 @@ class Recorder:
             )
 
 
+def _in_reentrant_checkpoint() -> bool:
+    """Whether a caller is the first, gradient-free run of `torch.utils.checkpoint` with `use_reentrant=True`."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code is CheckpointFunction.forward.__code__:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _refuse_checkpointed(now: _Pass) -> None:
+    """Raise if a reentrant checkpoint hid a layer: it gives gradients only where its input needs one."""
+    for name, reentrant in now.muted.items():
+        if reentrant and name not in now.finished:
+            raise LayerError(
+                f"layer {name!r} lies in a checkpoint with use_reentrant=True whose input needs no gradient, so none comes to it. "
+                "Use torch.utils.checkpoint with use_reentrant=False (Hugging Face: gradient_checkpointing_kwargs)."
+            )
+
+
 def _ignore(layer: TrackedLayer, pair: Pair) -> None:
     """Consume nothing."""
-
-
-def _joined(pairs: list[Pair]) -> Pair:
-    """Several calls of one layer are just more positions."""
-    mask = None
-    if any(pair.mask is not None for pair in pairs):
-        mask = torch.cat([_full_mask(pair) for pair in pairs], dim=1)
-    return Pair(
-        a=torch.cat([pair.a for pair in pairs], dim=2),
-        g=torch.cat([pair.g for pair in pairs], dim=2),
-        bias=pairs[0].bias,
-        mask=mask,
-        transform=pairs[0].transform,
-    )
-
-
-def _full_mask(pair: Pair) -> Tensor:
-    return pair.a.new_ones(pair.a.shape[0], pair.a.shape[2]).bool() if pair.mask is None else pair.mask.bool()
-
-
-def _mask_for(masks: Tensor | Mapping[str, Tensor] | None, name: str, shape: torch.Size) -> Tensor | None:
-    if masks is None:
-        return None
-    if isinstance(masks, Mapping):
-        mask = next((m for pattern, m in masks.items() if fnmatchcase(name, pattern)), None)
-    else:
-        mask = masks
-    # A layer after pooling has one position a row, and it is a real one.
-    if mask is None or (shape[1] == 1 and mask.shape != shape):
-        return None
-    if mask.shape != shape:
-        raise LayerError(
-            f"layer {name!r} has {shape[1]} positions in {shape[0]} rows, but padding_mask is {tuple(mask.shape)}. "
-            "Return a dict from layer patterns to masks, with none for layers on another axis."
-        )
-    return mask
-
-
-def _regrouped(regrouping: Regrouping, a: Tensor, g: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    real = regrouping.mask(a.shape[1]).to(a.device)
-    if mask is not None:
-        mask = regrouping.gather(mask).bool() & real
-    elif not real.all():
-        mask = real
-    return regrouping.gather(a), regrouping.gather(g), mask
 
 
 def _devices(model: nn.Module) -> list[torch.device]:

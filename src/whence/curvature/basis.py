@@ -83,7 +83,7 @@ def layer_damping(curvature: Curvature, damping: float | Damping) -> dict[str, f
 def inverse_weights(curvature: Curvature, damping: float | Damping) -> dict[str, Tensor | None]:
     """Return `1 / (eigenvalues + damping)` per layer, in float64; None where all weights are one.
 
-    A layer without any curvature (no training gradient ever reached it) weighs nothing.
+    A layer without any curvature (no gradient came to it from the fitted rows) weighs nothing under relative damping.
 
     Raises:
         NumericalError: an eigenvalue and the damping are both zero.
@@ -96,7 +96,7 @@ def inverse_weights(curvature: Curvature, damping: float | Damping) -> dict[str,
             continue
         values = layer.eigenvalues.double()
         damped = values + amounts[name]
-        if not values.any():
+        if not values.any() and amounts[name] == 0:
             weights[name] = torch.zeros_like(values)
         elif damped.min() <= 0:
             raise NumericalError(

@@ -130,7 +130,7 @@ def load_curvature(store: ShardStore, layers: list[TrackedLayer]) -> dict[str, L
     return curvature
 
 
-def unreached(store: ShardStore, layers: list[TrackedLayer]) -> list[str]:
+def unfitted(store: ShardStore, layers: list[TrackedLayer]) -> list[str]:
     """Name the layers whose fitted eigenvalues are all zero: no gradient came to them from any row."""
     if "eigenvalues" in store.names:
         moments = store.read("eigenvalues")

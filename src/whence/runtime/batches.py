@@ -120,6 +120,9 @@ def to_device(value: Any, device: torch.device) -> Any:
     Goes into dicts, other mappings, lists, tuples and named tuples, and calls `.to` where an object has one (such as Hugging
     Face's BatchEncoding, which moves in place). Anything else is passed on as it is.
     """
+    if isinstance(value, torch.Tensor):
+        # A row that requires a gradient would be left with one after the backward pass.
+        return value.detach().to(device, non_blocking=True)
     if callable(getattr(value, "to", None)):
         return value.to(device, non_blocking=True)
     if isinstance(value, MutableMapping):

@@ -83,8 +83,11 @@ class Scores:
         if not store.complete:
             raise StorageError(f"{folder}: these scores are unfinished. Run the command that makes them again; it continues.")
         shards = [store.read(name) for name in sorted(store.names)]
-        joined = {key: torch.cat([shard[key] for shard in shards], dim=1) for key in shards[0]}
-        layers = {key.split("/", 2)[2]: joined[key] for key in sorted(joined) if key != "total"}
+        keys = [key for key in sorted(shards[0]) if key == "total" or key.startswith("layer/")]
+        joined = {key: torch.cat([shard[key] for shard in shards], dim=1) for key in keys}
+        # A layer that no row gave a gradient is left out of the coverage, and has no scores.
+        silent = set(store.result.get("unreached", ()))
+        layers = {name: joined[key] for key in keys if key != "total" and (name := key.split("/", 2)[2]) not in silent}
         return cls(values=joined["total"], per_layer=layers, settings=store.settings)
 
     def to_parquet(self, path: str | Path, *, k: int = 100) -> None:

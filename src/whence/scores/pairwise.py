@@ -15,6 +15,7 @@ from whence.capture.passes import Rows, loss_of, measurement_of, raise_not_finit
 from whence.capture.recorder import Recorder
 from whence.capture.tracking import TrackedLayer, sum_type
 from whence.runtime.progress import Stages
+from whence.scores.blocks import REACHED, missing_blocks, reached, write_blocks
 from whence.scores.matrix import layer_key
 from whence.scores.queries import Resident, make_resident
 from whence.storage.shards import ShardStore
@@ -33,16 +34,15 @@ class Pairwise:
 
     def run(self, queries: Rows, train: Rows) -> None:
         """Write one shard of scores per block of training rows; blocks that are there already are not repeated."""
-        blocks = {f"rows-{block.start:09d}": block for block in train.blocks()}
-        left = {name: block for name, block in blocks.items() if name not in self.store.names}
-        if not left:
+        if not missing_blocks(self.store, train):
             return
         with self.stages.stage("Query gradients"):
             residents = self._precondition(queries, len(train))
-        with self.stages.stage("Pairwise scores"), self.stages.track(len(train), "Pairwise scores") as advance:
-            advance(len(train) - sum(map(len, left.values())))
-            for name, block in left.items():
-                self.store.write(name, self._block(train, block, len(queries), residents, advance))
+
+        def compute(block: range, advance: Callable[[int], None]) -> dict[str, Tensor]:
+            return self._block(train, block, len(queries), residents, advance)
+
+        write_blocks(self.store, train, self.stages, "Pairwise scores", compute)
 
     def _precondition(self, queries: Rows, train: int) -> dict[str, Resident]:
         residents: dict[str, Resident] = {}
@@ -74,7 +74,10 @@ class Pairwise:
         empty = torch.zeros(len(block), queries, dtype=kept, device=train.device)
         outputs = {key: empty.clone() for key in ("total", *keys.values())}
 
+        touched: set[str] = set()
+
         def consume(first: int, layer: TrackedLayer, pair: Pair) -> None:
+            touched.add(layer.name)
             if layer.name not in residents:  # no query reached this layer
                 return
             scores = residents[layer.name].scores(pair)
@@ -87,4 +90,5 @@ class Pairwise:
         if not torch.isfinite(outputs["total"]).all():
             raise_not_finite(self.recorder, train, block, objective, "Pairwise scores")
         # [query, train], as everywhere outside.
-        return {name: values.mT.contiguous().cpu() for name, values in outputs.items()}
+        shard = {name: values.mT.contiguous().cpu() for name, values in outputs.items()}
+        return {**shard, REACHED: reached(self.recorder.layers, touched)}

@@ -21,6 +21,7 @@ from whence.capture.passes import Rows, loss_of, raise_not_finite, run_block
 from whence.capture.recorder import Recorder
 from whence.capture.tracking import TrackedLayer, sum_type
 from whence.runtime.progress import Stages
+from whence.scores.blocks import REACHED, block_names, missing_blocks, reached, write_blocks
 from whence.storage.run import write_table_atomic
 from whence.storage.shards import ShardStore
 
@@ -37,21 +38,19 @@ class SelfInfluence:
 
     def run(self, train: Rows) -> Tensor:
         """Return the scores `[train]`; blocks that are in the store already are not repeated."""
-        blocks = {f"rows-{block.start:09d}": block for block in train.blocks()}
-        left = {name: block for name, block in blocks.items() if name not in self.store.names}
-        if left:
-            with self.stages.stage("Self-influence"), self.stages.track(len(train), "Self-influence") as advance:
-                advance(len(train) - sum(map(len, left.values())))
-                for name, block in left.items():
-                    self.store.write(name, {"total": self._block(train, block, advance)})
-        return torch.cat([self.store.read(name)["total"] for name in blocks])
+        if missing_blocks(self.store, train):
+            write_blocks(self.store, train, self.stages, "Self-influence", partial(self._block, train))
+        return torch.cat([self.store.read(name)["total"] for name in block_names(train)])
 
-    def _block(self, train: Rows, block: range, advance: Callable[[int], None]) -> Tensor:
+    def _block(self, train: Rows, block: range, advance: Callable[[int], None]) -> dict[str, Tensor]:
         kept = sum_type(self.recorder.model)
         total = torch.zeros(len(block), dtype=kept, device=train.device)
         budget = working_set(train.device.type)
 
+        touched: set[str] = set()
+
         def consume(first: int, layer: TrackedLayer, pair: Pair) -> None:
+            touched.add(layer.name)
             weights = self.weights[layer.name]
             if weights is None:
                 scores = pair.norms(budget).sum(1)
@@ -63,7 +62,7 @@ class SelfInfluence:
         run_block(self.recorder, train, block, objective, lambda place: partial(consume, place), advance)
         if not torch.isfinite(total).all():
             raise_not_finite(self.recorder, train, block, objective, "Self-influence")
-        return total.cpu()
+        return {"total": total.cpu(), REACHED: reached(self.recorder.layers, touched)}
 
 
 def to_parquet(path: str | Path, scores: Tensor) -> None:
