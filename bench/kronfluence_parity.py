@@ -17,13 +17,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from support import models
-from support.common import agreement, environment, print_table, relative_error, write_results
+from support.common import agreement, environment, pearson, print_table, relative_error, write_results
 from support.defects import DEFECTS, defect_case, truth
 from support.models import Case
 from support.ours import Ours
@@ -51,6 +52,16 @@ def compare(case: Case, strategy: str) -> dict[str, Any]:
             "pairwise": agreement(_total(ours.pairwise(query_batch=QUERY_BATCH)), _total(peer.pairwise(query_batch=QUERY_BATCH))),
             "self": agreement(_total(ours.self_influence()), _total(peer.self_influence())),
         }
+
+
+def control(case: Case) -> float:
+    """Return the correlation of ekfac scores when only the peer is told about padding: were it 1, part 1 could not fail."""
+    with tempfile.TemporaryDirectory() as folder:
+        peer = Peer(case, strategy="ekfac", batch=BATCH, folder=Path(folder, "peer"))
+        ours = Ours(replace(case, mask=None), strategy="ekfac", batch=BATCH, folder=Path(folder, "ours"))
+        peer.fit()
+        ours.fit()
+        return pearson(_total(ours.pairwise(query_batch=QUERY_BATCH)), _total(peer.pairwise(query_batch=QUERY_BATCH)))
 
 
 def _total(scores: dict[str, Tensor]) -> Tensor:
@@ -108,6 +119,9 @@ def run_parity(names: list[str]) -> tuple[dict[str, Any], bool]:
             print(f"{case.name}, {strategy}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
         results[name]["strategies"] = compared
         rows += parity_rows(case, compared)
+        if case.mask is not None:
+            results[name]["pearson_without_our_mask"] = without = control(case)
+            rows.append([case.name, "ekfac", "control: mask on one side", f"{without:.9f}", "", "", ""])
     columns = ["model", "strategy", "scores", "Pearson", "max diff / max", "worst Spearman", "agrees"]
     print_table(f"whence and Kronfluence, {TRAIN} training rows, {QUERIES} queries", columns, rows)
     return results, all(passed(r) for model in results.values() for r in model["strategies"].values())

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from compare import assert_close
 from torch import Tensor, nn
 
 import whence
+from compare import assert_close
 from whence.tasks import Task
 
 transformers = pytest.importorskip("transformers")

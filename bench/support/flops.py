@@ -1,7 +1,8 @@
 """Floating-point operations of every stage, from the sizes alone, for both libraries; and what the machine can do.
 
 One Linear with `i` inputs (bias column included), `o` outputs and `T` positions; multiply and add count as two.
-The peer forms each example's gradient and rotates it; whence rotates the positions where that is less.
+The peer forms each example's gradient and rotates it; whence rotates the positions where that is less, and only
+positions that have a gradient: the classifier reads one token, which leaves most of the last block with one.
 """
 
 from __future__ import annotations
@@ -35,6 +36,13 @@ def layer_sizes(case: Case, tokens: int) -> list[tuple[int, int, int]]:
     return sizes
 
 
+def live_sizes(case: Case, tokens: int) -> list[tuple[int, int, int]]:
+    """Return the same, counting only positions whose output reaches the loss."""
+    last = f"encoder.layer.{case.model.config.num_hidden_layers - 1}."
+    alone = [last in name and not name.endswith((".key", ".value")) for name in case.layers]
+    return [(1 if one else t, i, o) for one, (t, i, o) in zip(alone, layer_sizes(case, tokens), strict=True)]
+
+
 def model_flops(case: Case, tokens: int) -> float:
     """Return one example's forward pass and backward pass without weight gradients."""
     linear = sum(4 * t * i * o for t, i, o in layer_sizes(case, tokens))
@@ -45,28 +53,29 @@ def model_flops(case: Case, tokens: int) -> float:
 
 def eigenvalues(case: Case, tokens: int) -> Work:
     """Count the pass for the eigenvalues."""
-    sizes, model = layer_sizes(case, tokens), model_flops(case, tokens)
-    ours = model + sum(_rotated(t, i, o) + 2 * i * o for t, i, o in sizes)
+    sizes, live, model = layer_sizes(case, tokens), live_sizes(case, tokens), model_flops(case, tokens)
+    ours = model + sum(_rotated(t, i, o) + 2 * i * o for t, i, o in live)
     peer = model + sum(2 * t * i * o + 2 * i * o * (i + o) + 2 * i * o for t, i, o in sizes)
     return Work(ours=len(case.train) * ours, peer=len(case.train) * peer)
 
 
 def self_influence(case: Case, tokens: int) -> Work:
     """Count self-influence; the peer rotates every gradient back."""
-    sizes, model = layer_sizes(case, tokens), model_flops(case, tokens)
-    ours = model + sum(_rotated(t, i, o) + 3 * i * o for t, i, o in sizes)
+    sizes, live, model = layer_sizes(case, tokens), live_sizes(case, tokens), model_flops(case, tokens)
+    ours = model + sum(_rotated(t, i, o) + 3 * i * o for t, i, o in live)
     peer = model + sum(2 * t * i * o + 4 * i * o * (i + o) + 3 * i * o for t, i, o in sizes)
     return Work(ours=len(case.train) * ours, peer=len(case.train) * peer)
 
 
 def pairwise(case: Case, tokens: int, *, queries: int, passes: int) -> Work:
     """Count pairwise scores; the peer goes through the training data once per batch of queries."""
-    sizes, model, train = layer_sizes(case, tokens), model_flops(case, tokens), len(case.train)
+    sizes, live, model, train = layer_sizes(case, tokens), live_sizes(case, tokens), model_flops(case, tokens), len(case.train)
     products = train * sum(2 * queries * i * o for _, i, o in sizes)
-    formed = train * (model + sum(2 * t * i * o for t, i, o in sizes if t > 1))
-    ours = queries * (model + sum(_rotated(t, i, o) + 2 * i * o * (i + o) for t, i, o in sizes))
+    formed = train * (model + sum(2 * t * i * o for t, i, o in live if t > 1))
+    formed_by_peer = train * (model + sum(2 * t * i * o for t, i, o in sizes))
+    ours = queries * (model + sum(_rotated(t, i, o) + 2 * i * o * (i + o) for t, i, o in live))
     peer = queries * (model + sum(2 * t * i * o + 4 * i * o * (i + o) for t, i, o in sizes))
-    return Work(ours=ours + formed + products, peer=peer + passes * formed + products)
+    return Work(ours=ours + formed + products, peer=peer + passes * formed_by_peer + products)
 
 
 def _rotated(t: int, i: int, o: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ class Case:
     """A model with data, as both libraries get it.
 
     `loss` and `measurement` map (model, batch) to `[batch]`; `mask` maps a batch to `[batch, position]` (1 = a real
-    token) or None; `layers` names the tracked layers; `shared` says that a layer is used more than once.
+    token), if there is padding; `layers` names the tracked layers; `shared` says that a layer is used more than once.
     """
 
     name: str
@@ -31,7 +31,7 @@ class Case:
     layers: list[str]
     loss: Callable[[nn.Module, Batch], Tensor]
     measurement: Callable[[nn.Module, Batch], Tensor]
-    mask: Callable[[Batch], Tensor | None] = field(default=lambda batch: None)
+    mask: Callable[[Batch], Tensor] | None = None
     collate: Callable[[list[Row]], Batch] | None = None
     shared: bool = False
 

@@ -29,7 +29,7 @@ def task_of(case: Case) -> Task:
             return case.measurement(model, batch)
 
         def padding_mask(self, batch: Any) -> Tensor | Mapping[str, Tensor] | None:
-            return case.mask(batch)
+            return None if case.mask is None else case.mask(batch)
 
     return CaseTask()
 

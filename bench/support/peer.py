@@ -41,7 +41,7 @@ class PeerTask(Task):
 
     def get_attention_mask(self, batch: Any) -> Tensor | None:
         """Return the padding mask."""
-        return self.case.mask(batch)
+        return None if self.case.mask is None else self.case.mask(batch)
 
 
 def rewrite_conv1d(model: nn.Module) -> nn.Module:

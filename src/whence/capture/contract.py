@@ -81,9 +81,14 @@ def gradients(sizes: Sizes, sides: Sides, budget: int) -> Choice:
     """Choose between `rotate` (positions first, then form) and `form` (then rotate the gradient)."""
     rotate, form = _rotate_positions(sizes, sides), _rotate_gradient(sizes, sides)
     order: Order = "rotate" if rotate < form else "form"
-    # `form` holds the gradient, half rotated and rotated; `rotate` the rotated pair and the gradient.
+    # `form` holds the gradient, half rotated and rotated; `rotate` forms from a pair that is rotated already.
     held = 3 * sizes.weights if order == "form" else sizes.weights + sizes.pair
     return Choice(order=order, flops=_form(sizes) + min(rotate, form), chunk=_chunk(held, sizes.examples, sizes, budget))
+
+
+def rotation_chunk(sizes: Sizes, budget: int) -> int:
+    """Return how many examples to rotate at a time: few large products, within eight times the budget."""
+    return _chunk(2 * sizes.pair, sizes.examples, sizes, 8 * budget)
 
 
 def squares(sizes: Sizes, sides: Sides, budget: int, *, uniform: bool = False) -> Choice:

@@ -131,11 +131,15 @@ class Pair:
             return
         pair = self.live()
         choice = contract.gradients(pair.sizes, basis.sides, budget)
-        for rows, part in pair.chunks(choice.chunk):
-            if choice.order == "rotate":
-                yield rows, part.rotated(basis).formed()
-            else:
+        if choice.order == "form":
+            for rows, part in pair.chunks(choice.chunk):
                 yield rows, basis.rotate(part.formed())
+            return
+        # Rotated in larger chunks than formed: a product wants many rows, a gradient wants to stay in the cache.
+        for outer, many in pair.chunks(contract.rotation_chunk(pair.sizes, budget)):
+            for inner, part in many.rotated(basis).chunks(choice.chunk):
+                start = outer.start + inner.start
+                yield slice(start, start + len(part.g)), part.formed()
 
     def sum_of_squares(self, basis: Basis, budget: int) -> Tensor:
         """Return the sum over examples of squared rotated gradients, `[group, out, in]`."""
@@ -157,8 +161,8 @@ class Pair:
         if self.transform is None and choice.order == "outer":
             a, g = pair._rotated_squares(basis)
             return ((g @ weights) * a).sum((0, 2))
-        flat = weights.flatten()
-        return torch.cat([gradient.square_().flatten(1) @ flat for _, gradient in pair.gradients(basis, budget)])
+        # Not a product with the flattened weights: that adds half a million numbers one by one, and loses digits.
+        return torch.cat([gradient.square_().mul_(weights).sum((1, 2, 3)) for _, gradient in pair.gradients(basis, budget)])
 
     def norms(self, budget: int) -> Tensor:
         """Return the squared norm of every example's gradient, per group: `[example, group]`."""
