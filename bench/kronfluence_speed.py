@@ -161,7 +161,7 @@ def run_memory(bench: Bench, options: argparse.Namespace, repeats: int) -> dict[
         for repeat in range(repeats):
             for side in ("ours", "peer") if repeat % 2 == 0 else ("peer", "ours"):
                 arguments = ["--worker", side, "--stage", stage, "--tokens", str(bench.tokens), "--work", str(bench.folder)]
-                arguments += ["--batch", str(bench.batch), "--attention", options.attention, "--threads", str(options.threads)]
+                arguments += ["--examples", str(options.examples), "--batch", str(bench.batch), "--attention", options.attention, "--threads", str(options.threads)]
                 samples[side].append(memory.measure(arguments))
                 print(f"memory, {stage}, {side}: {samples[side][-1]}", file=sys.stderr)
         results[stage] = {
@@ -204,6 +204,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3, help="alternating runs of each stage")
     parser.add_argument("--memory-repeats", type=int, default=1, help="fresh processes for each stage and side")
     parser.add_argument("--batch", type=int, default=32, help="examples in a batch, on both sides")
+    parser.add_argument("--examples", type=int, default=EXAMPLES, help="training rows; fewer will do for memory")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--attention", choices=["sdpa", "eager"], default="sdpa", help="the model's attention, on both sides")
     parser.add_argument("--work", type=Path, help="keep factors here between pieces; default: a temporary folder")
@@ -217,7 +218,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     results = {"tokens": {}} if options.no_write else {"tokens": {}, **read_results("kronfluence_speed")}
     measured: dict[str, Any] = {"tokens": {}}
     for tokens in options.tokens:
-        case = speed_bert(tokens=tokens, train=EXAMPLES, queries=QUERIES, attention=options.attention)
+        case = speed_bert(tokens=tokens, train=options.examples, queries=QUERIES, attention=options.attention)
         bench = Bench(case=case, tokens=tokens, batch=options.batch, folder=folder)
         times = run_times(bench, [stage for stage in options.stage if stage in TARGETS], options.repeats)
         parts = {"times": times}
@@ -228,7 +229,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             merge(measured, tokens, kind, part)
         if not options.no_write:
             results["settings"] = {
-                "examples": EXAMPLES, "batch": options.batch, "attention": options.attention, "repeats": options.repeats,
+                "examples": options.examples, "batch": options.batch, "attention": options.attention, "repeats": options.repeats,
                 "model": "BERT, 6 layers, hidden 384, intermediate 1536, 12 heads, vocabulary 1000, random weights",
                 "layers": len(case.layers), "dtype": "float32", "fisher": "empirical",
             }  # fmt: skip
@@ -243,7 +244,7 @@ def main() -> int:
         folder = (options.work or Path(scratch)).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         if options.worker:
-            case = speed_bert(tokens=options.tokens[0], train=EXAMPLES, queries=QUERIES, attention=options.attention)
+            case = speed_bert(tokens=options.tokens[0], train=options.examples, queries=QUERIES, attention=options.attention)
             bench = Bench(case=case, tokens=options.tokens[0], batch=options.batch, folder=folder)
             work_memory(bench, options.worker, options.stage[0])
             return 0

@@ -52,12 +52,29 @@ class Basis:
 IDENTITY = Basis()
 
 
+@dataclass
+class SharedInputs:
+    """Inputs that several layers read (query, key and value projections): they are rotated once where bases are equal."""
+
+    readers: int = 0
+    basis: Tensor | None = None
+    rotated: Tensor | None = None
+
+    def rotate(self, basis: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return what the last reader got for the same eigenvectors, or compute it; the last of all leaves nothing behind."""
+        rotated = self.rotated if self.rotated is not None and self.basis is basis else compute(basis)
+        self.readers -= 1
+        self.basis, self.rotated = (basis, rotated) if self.readers > 0 else (None, None)
+        return rotated
+
+
 @dataclass(frozen=True, kw_only=True)
 class Pair:
     """Inputs `a` `[example, group, position, in]` without the column of ones, output gradients `g` alike.
 
     `bias` asks for that column; `mask` `[example, position]` marks real positions (for covariances only);
-    `transform` is the task's post-processing of gradients `[example, group, out, in]`, if it has one.
+    `transform` is the task's post-processing of gradients `[example, group, out, in]`, if it has one; `shared` is the
+    same object in the pairs of all layers that read these inputs.
     """
 
     a: Tensor
@@ -65,6 +82,7 @@ class Pair:
     bias: bool
     mask: Tensor | None = None
     transform: Callable[[Tensor], Tensor] | None = None
+    shared: SharedInputs | None = None
 
     @property
     def sizes(self) -> Sizes:
@@ -89,8 +107,9 @@ class Pair:
         """Return the pair in a basis; the ones become a part of the rotated inputs."""
         g = self.g if basis.outputs is None else _times(self.g, basis.outputs)
         if basis.inputs is None:
-            return replace(self, a=self.inputs(), g=g, bias=False)
-        return replace(self, a=self._rotated_inputs(basis.inputs), g=g, bias=False)
+            return replace(self, a=self.inputs(), g=g, bias=False, shared=None)
+        shared = self.shared or SharedInputs()
+        return replace(self, a=shared.rotate(basis.inputs, self._rotated_inputs), g=g, bias=False, shared=None)
 
     def _rotated_inputs(self, q: Tensor) -> Tensor:
         # A column of ones times the last row of Q is an offset: no copy of the inputs is made to append it.
@@ -108,13 +127,16 @@ class Pair:
             return self
         places = self.g.abs().amax((0, 1, 3)).nonzero().flatten()
         places = places if len(places) else places.new_zeros(1)
-        return replace(self, a=self.a[:, :, places], g=self.g[:, :, places], mask=None)
+        return replace(self, a=self.a[:, :, places], g=self.g[:, :, places], mask=None, shared=None)
 
     def chunks(self, size: int) -> Iterator[tuple[slice, Pair]]:
         """Yield the pair a few examples at a time."""
+        if size >= len(self.a):
+            yield slice(0, len(self.a)), self
+            return
         for start in range(0, len(self.a), size):
             rows = slice(start, start + size)
-            yield rows, replace(self, a=self.a[rows], g=self.g[rows])
+            yield rows, replace(self, a=self.a[rows], g=self.g[rows], shared=None)
 
     def formed(self) -> Tensor:
         """Return the gradients `[example, group, out, in]`, transformed if the task says so."""

@@ -9,7 +9,6 @@ the earliest tracked layer.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,11 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.hooks import RemovableHandle
 
 from whence.capture.assemble import joined, mask_for, regrouped
-from whence.capture.pair import Pair
+from whence.capture.checkpoints import in_reentrant_checkpoint, refuse_checkpointed
+from whence.capture.pair import Pair, SharedInputs
 from whence.capture.regroup import Regrouping
 from whence.capture.tracking import TrackedLayer, sum_type
 from whence.errors import DataError, LayerError
@@ -40,6 +39,7 @@ class _Call:
     module: nn.Module
     x: Tensor | None
     version: int
+    shared: SharedInputs | None = None
 
     @property
     def overwritten(self) -> bool:
@@ -56,6 +56,7 @@ class _Pass:
     pieces: dict[str, list[tuple[_Call, Tensor, Tensor]]] = field(default_factory=dict)
     muted: dict[str, bool] = field(default_factory=dict)  # called without gradients: in a reentrant checkpoint?
     finished: set[str] = field(default_factory=set)
+    shared: dict[tuple[Any, ...], SharedInputs] = field(default_factory=dict)
     backward: bool = False
     regrouping: Regrouping | None = None
     masks: Tensor | Mapping[str, Tensor] | None = None
@@ -127,7 +128,7 @@ class Recorder:
             # What is left had a call whose output reached no loss.
             for name in list(now.pieces):
                 self._complete(name)
-            _refuse_checkpointed(now)
+            refuse_checkpointed(now.muted, now.finished)
             return values.detach()
         finally:
             self._pass = None
@@ -166,6 +167,7 @@ class Recorder:
         now.regrouping = None if ids is None else Regrouping(ids, len(values))
         now.rows = len(values) if now.regrouping is None else now.regrouping.rows
         now.pending.clear()
+        now.shared.clear()
         return values
 
     def _tap(self, layer: TrackedLayer) -> Callable[..., Tensor | None]:
@@ -186,12 +188,12 @@ class Recorder:
             self._check_forward(layer, module, x, output)
         if not torch.is_grad_enabled():
             if not now.backward:
-                now.muted.setdefault(layer.name, _in_reentrant_checkpoint())
+                now.muted.setdefault(layer.name, in_reentrant_checkpoint())
             return None
         kept = x.detach()
         if layer.name in self._copied or now.backward:
             kept = kept.clone()
-        call = _Call(layer, module, kept, kept._version)
+        call = _Call(layer, module, kept, kept._version, self._shared(now, layer, kept))
         rooted = output if output.requires_grad else output.detach().requires_grad_()
         # Nothing before this layer needs a gradient, so its output becomes a root of the graph; an in-place
         # operation on a root is an error, hence the copy.
@@ -200,6 +202,15 @@ class Recorder:
         if not now.backward:
             now.pending.append(call)
         return None if result is output else result
+
+    def _shared(self, now: _Pass, layer: TrackedLayer, x: Tensor) -> SharedInputs | None:
+        """Return the same object for all layers that read the same input; all of them are alive until the backward pass."""
+        if now.backward or not layer.handler.plain or not layer.weight:
+            return None
+        key = (x.data_ptr(), x._version, x.shape, x.stride(), x.dtype, layer.bias)
+        shared = now.shared.setdefault(key, SharedInputs())
+        shared.readers += 1
+        return shared
 
     def _gradient(self, call: _Call, g: Tensor) -> None:
         now = self._pass
@@ -228,10 +239,11 @@ class Recorder:
         now.finished.add(name)
         layer = pieces[0][0].layer
         with torch.no_grad():
-            pairs = [self._pair(now, layer, call.module, x, g) for call, x, g in pieces]
+            pairs = [self._pair(now, call, x, g) for call, x, g in pieces]
             now.consumer(layer, pairs[0] if len(pairs) == 1 else joined(pairs))
 
-    def _pair(self, now: _Pass, layer: TrackedLayer, module: nn.Module, x: Tensor, g: Tensor) -> Pair:
+    def _pair(self, now: _Pass, call: _Call, x: Tensor, g: Tensor) -> Pair:
+        layer, module = call.layer, call.module
         a, g = (part.to(self._sums) for part in (layer.handler.inputs(module, x), layer.handler.gradients(module, g)))
         if not self._transforms and len(g) != now.rows:
             raise LayerError(
@@ -247,7 +259,8 @@ class Recorder:
         # Groups before positions: a view for one group, and batched products for more.
         a, g = a.transpose(1, 2), g.transpose(1, 2)
         transform = (lambda gradient: self.task.transform_gradient(layer.name, gradient)) if self._transforms else None
-        return Pair(a=a, g=g, bias=layer.bias, mask=mask, transform=transform)
+        shared = call.shared if now.regrouping is None else None
+        return Pair(a=a, g=g, bias=layer.bias, mask=mask, transform=transform, shared=shared)
 
     def _check_forward(self, layer: TrackedLayer, module: nn.Module, x: Tensor, output: Tensor) -> None:
         """Compare a subclass with a forward of its own with what its parent class computes."""
@@ -259,26 +272,6 @@ class Recorder:
                 f"layer {layer.name!r} is a {type(module).__name__} whose forward does not compute what "
                 f"{layer.kind.__name__} does, so its gradient cannot be taken from that class. "
                 "Leave it out with layers=..., or register a handler for its type."
-            )
-
-
-def _in_reentrant_checkpoint() -> bool:
-    """Whether a caller is the first, gradient-free run of `torch.utils.checkpoint` with `use_reentrant=True`."""
-    frame = inspect.currentframe()
-    while frame is not None:
-        if frame.f_code is CheckpointFunction.forward.__code__:
-            return True
-        frame = frame.f_back
-    return False
-
-
-def _refuse_checkpointed(now: _Pass) -> None:
-    """Raise if a reentrant checkpoint hid a layer: it gives gradients only where its input needs one."""
-    for name, reentrant in now.muted.items():
-        if reentrant and name not in now.finished:
-            raise LayerError(
-                f"layer {name!r} lies in a checkpoint with use_reentrant=True whose input needs no gradient, so none comes to it. "
-                "Use torch.utils.checkpoint with use_reentrant=False (Hugging Face: gradient_checkpointing_kwargs)."
             )
 
 

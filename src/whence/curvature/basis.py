@@ -27,6 +27,19 @@ class LayerCurvature:
     eigenvalues: Tensor | None = None
 
 
+def share_equal(bases: Mapping[str, Basis]) -> dict[str, Basis]:
+    """Let layers whose inputs have equal eigenvectors (query, key and value projections) hold the same tensor."""
+    seen: dict[object, Tensor] = {}
+    shared: dict[str, Basis] = {}
+    for name, basis in bases.items():
+        q = basis.inputs
+        if q is not None:
+            first = seen.setdefault((q.shape, *q.flatten()[:8].tolist()), q)
+            q = first if torch.equal(first, q) else q
+        shared[name] = Basis(inputs=q, outputs=basis.outputs)
+    return shared
+
+
 Curvature = Mapping[str, LayerCurvature]
 
 

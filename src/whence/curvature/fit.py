@@ -15,7 +15,7 @@ from whence.capture.pair import IDENTITY, Basis, Pair
 from whence.capture.passes import ObjectiveOf, Rows, loss_of, raise_not_finite, run_block, sampled_loss_of
 from whence.capture.recorder import Recorder
 from whence.capture.tracking import TrackedLayer, sum_type
-from whence.curvature.basis import LayerCurvature, eigenbasis
+from whence.curvature.basis import LayerCurvature, eigenbasis, share_equal
 from whence.curvature.strategies import get_strategy
 from whence.runtime.progress import Stages
 from whence.storage.shards import ShardStore
@@ -79,7 +79,7 @@ class Fitter:
 
     def _fit_eigenvalues(self, fitted: dict[str, LayerCurvature]) -> None:
         kept = sum_type(self.recorder.model)
-        bases = {name: layer.basis.to(self.rows.device, kept) for name, layer in fitted.items()}
+        bases = share_equal({name: layer.basis.to(self.rows.device, kept) for name, layer in fitted.items()})
         consume = partial(_add_moments, bases=bases, budget=working_set(self.rows.device.type))
         with self.stages.stage("Fit eigenvalues"):
             sums = self._accumulate("moments", consume, stream=1)

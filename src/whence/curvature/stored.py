@@ -10,7 +10,7 @@ from torch import Tensor
 
 from whence.capture.pair import Basis
 from whence.capture.tracking import TrackedLayer
-from whence.curvature.basis import Damping, LayerCurvature, inverse_weights
+from whence.curvature.basis import Damping, LayerCurvature, inverse_weights, share_equal
 from whence.curvature.fit import load_curvature
 from whence.curvature.strategies import STRATEGIES, StrategyName
 from whence.errors import NotFittedError
@@ -63,6 +63,6 @@ def preconditioner(
         curvature = load_curvature(factors, layers)
     weights = inverse_weights(curvature, damping)
     return (
-        {name: layer.basis.to(device, dtype) for name, layer in curvature.items()},
+        share_equal({name: layer.basis.to(device, dtype) for name, layer in curvature.items()}),
         {name: None if values is None else values.to(device, dtype) for name, values in weights.items()},
     )

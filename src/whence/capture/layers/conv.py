@@ -12,6 +12,8 @@ from whence.capture.layers.registry import LayerParts, register
 class Conv2d:
     """Any stride, padding, padding mode, dilation and number of groups."""
 
+    plain = False
+
     def parts(self, module: nn.Conv2d) -> LayerParts:
         """Sizes from the weight `[out, in / groups, height, width]`; `in` counts a whole patch."""
         out, channels, height, width = module.weight.shape

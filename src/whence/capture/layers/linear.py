@@ -23,6 +23,8 @@ def _weight(module: nn.Module) -> Tensor:
 class Linear:
     """Every axis between the first and the last is a position."""
 
+    plain = True
+
     def parts(self, module: nn.Module) -> LayerParts:
         """Sizes from the weight `[out, in]`."""
         out, in_ = _weight(module).shape

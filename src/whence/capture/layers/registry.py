@@ -28,7 +28,12 @@ class LayerParts:
 
 
 class Handler(Protocol):
-    """What whence must know of a layer type."""
+    """What whence must know of a layer type.
+
+    `plain`: its inputs depend on `x` alone and not on the module, so that layers with the same `x` have the same.
+    """
+
+    plain: bool
 
     def parts(self, module: nn.Module) -> LayerParts:
         """Return the layer's sizes."""
