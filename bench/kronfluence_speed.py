@@ -161,7 +161,16 @@ def run_memory(bench: Bench, options: argparse.Namespace, repeats: int) -> dict[
         for repeat in range(repeats):
             for side in ("ours", "peer") if repeat % 2 == 0 else ("peer", "ours"):
                 arguments = ["--worker", side, "--stage", stage, "--tokens", str(bench.tokens), "--work", str(bench.folder)]
-                arguments += ["--examples", str(options.examples), "--batch", str(bench.batch), "--attention", options.attention, "--threads", str(options.threads)]
+                arguments += [
+                    "--examples",
+                    str(options.examples),
+                    "--batch",
+                    str(bench.batch),
+                    "--attention",
+                    options.attention,
+                    "--threads",
+                    str(options.threads),
+                ]
                 samples[side].append(memory.measure(arguments))
                 print(f"memory, {stage}, {side}: {samples[side][-1]}", file=sys.stderr)
         results[stage] = {

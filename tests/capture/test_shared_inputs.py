@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from compare import assert_close
 from torch import Tensor, nn
 
 import whence
+from compare import assert_close
 from whence.capture.pair import Pair
 from whence.tasks import Classification
 
