@@ -22,7 +22,7 @@ from whence.errors import ConfigError
 from whence.runtime.batches import check_dataset
 from whence.runtime.device import resolve_device
 from whence.runtime.progress import Stages
-from whence.scores.blocks import unreached
+from whence.scores.blocks import block_names, unreached
 from whence.scores.matrix import Scores
 from whence.scores.pairwise import Pairwise
 from whence.scores.self_influence import SelfInfluence
@@ -198,13 +198,13 @@ class Attributor:
             factors = self._factors(strategy, seen)
             settings = self._score_settings(strategy, checked, seen, factors)
             with self._store("self_influence", strategy, settings, overwrite) as store:
-                bases, weights = self._preconditioner(factors, checked)
-                values = SelfInfluence(recorder=recorder, bases=bases, weights=weights, store=store, stages=self.stages).run(rows)
                 if not store.complete:
+                    bases, weights = self._preconditioner(factors, checked)
+                    SelfInfluence(recorder=recorder, bases=bases, weights=weights, store=store, stages=self.stages).run(rows)
                     store.finish({"unreached": unreached(store, rows, self._layers)})
                 self._leave_out_unreached(store)
         self._record("self_influence", settings)
-        return values
+        return torch.cat([store.read(name)["total"] for name in block_names(rows)])
 
     def _rows(self, dataset: Any, indices: Sequence[int], batch_size: int, name: str = "batch_size") -> Rows:
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
 import torch
@@ -165,7 +165,7 @@ def _add(found: dict[tuple[int, ...], TrackedLayer], name: str, module: nn.Modul
     key = _key(module)
     if key in found:
         first = found[key]
-        found[key] = TrackedLayer(**{**first.__dict__, "modules": (*first.modules, module)})
+        found[key] = replace(first, modules=(*first.modules, module))
         return
     handled = handler_for(module)
     assert handled is not None  # _reason_against has looked

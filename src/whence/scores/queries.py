@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -126,14 +125,10 @@ def make_resident(pair: Pair, basis: Basis, weights: Tensor | None, *, queries: 
     sizes = pair.sizes
     if weights is None and pair.transform is None and contract.keep_pairs(sizes, IDENTITY.sides):
         return PairQueries.empty(queries, pair)
-    training = contract.Sizes(**{**sizes.__dict__, "examples": train})
     return DenseQueries(
         values=pair.g.new_zeros(queries, sizes.groups, sizes.outputs, sizes.inputs),
         basis=basis,
         weights=weights,
-        rotated=contract.stay_rotated(training, basis.sides, queries),
+        rotated=contract.stay_rotated(replace(sizes, examples=train), basis.sides, queries),
         budget=budget,
     )
-
-
-Residents = Mapping[str, Resident]

@@ -21,7 +21,7 @@ from whence.capture.passes import Rows, loss_of, raise_not_finite, run_block
 from whence.capture.recorder import Recorder
 from whence.capture.tracking import TrackedLayer, sum_type
 from whence.runtime.progress import Stages
-from whence.scores.blocks import REACHED, block_names, missing_blocks, reached, write_blocks
+from whence.scores.blocks import REACHED, missing_blocks, reached, write_blocks
 from whence.storage.run import write_table_atomic
 from whence.storage.shards import ShardStore
 
@@ -36,11 +36,10 @@ class SelfInfluence:
     store: ShardStore
     stages: Stages
 
-    def run(self, train: Rows) -> Tensor:
-        """Return the scores `[train]`; blocks that are in the store already are not repeated."""
+    def run(self, train: Rows) -> None:
+        """Write one shard of scores per block of rows; blocks that are there already are not repeated."""
         if missing_blocks(self.store, train):
             write_blocks(self.store, train, self.stages, "Self-influence", partial(self._block, train))
-        return torch.cat([self.store.read(name)["total"] for name in block_names(train)])
 
     def _block(self, train: Rows, block: range, advance: Callable[[int], None]) -> dict[str, Tensor]:
         kept = sum_type(self.recorder.model)
