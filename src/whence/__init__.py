@@ -18,8 +18,12 @@ from whence.errors import WhenceError
 if TYPE_CHECKING:
     from whence import tasks
     from whence.attributor import Attributor
-    from whence.capture.tracking import Coverage
+    from whence.capture.coverage import Coverage
+    from whence.checkpoints import Checkpoints, mean_scores
     from whence.curvature.basis import Damping
+    from whence.curvature.moments import second_moments
+    from whence.curvature.refine import ConjugateGradients, Exact
+    from whence.curvature.response import Unrolled
     from whence.recipes.base import Recipe, load_recipe
     from whence.scores.matrix import Scores
 
@@ -27,25 +31,37 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Attributor",
+    "Checkpoints",
+    "ConjugateGradients",
     "Coverage",
     "Damping",
+    "Exact",
     "Recipe",
     "Scores",
+    "Unrolled",
     "WhenceError",
     "__version__",
     "errors",
     "load_recipe",
+    "mean_scores",
+    "second_moments",
     "tasks",
 ]
 
 # Exported name -> the module that defines it; None: the name is a module of its own.
 _LAZY: dict[str, str | None] = {
     "Attributor": "whence.attributor",
-    "Coverage": "whence.capture.tracking",
+    "Checkpoints": "whence.checkpoints",
+    "ConjugateGradients": "whence.curvature.refine",
+    "Coverage": "whence.capture.coverage",
     "Damping": "whence.curvature.basis",
+    "Exact": "whence.curvature.refine",
     "Recipe": "whence.recipes.base",
     "Scores": "whence.scores.matrix",
+    "Unrolled": "whence.curvature.response",
     "load_recipe": "whence.recipes.base",
+    "mean_scores": "whence.checkpoints",
+    "second_moments": "whence.curvature.moments",
     "tasks": None,
 }
 

@@ -2,36 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from whence.capture.passes import Rows, draw_rows
-from whence.capture.recorder import Recorder
-from whence.capture.survey import Survey, survey
-from whence.capture.tracking import sum_type, track
-from whence.curvature.basis import Damping, resolve_damping
+from whence.capture.passes import draw_rows
+from whence.curvature.basis import SCOPES, Damping, resolve_damping
 from whence.curvature.fit import Fitter, unfitted
-from whence.curvature.stored import Preconditioner, only_strategy, open_factors, preconditioner
+from whence.curvature.refine import Exact, SolverLike, solver_name
+from whence.curvature.response import Unrolled
+from whence.curvature.settings import DampingLike, ResponseLike, Spectrum
 from whence.curvature.strategies import StrategyName, get_strategy
-from whence.errors import ConfigError
+from whence.evaluate.lds import Calibration, calibrate
+from whence.evaluate.retrain import RetrainBank
+from whence.pretrained import open_pretrained, open_trainer, training_time
 from whence.runtime.batches import check_dataset
-from whence.runtime.device import resolve_device
-from whence.runtime.progress import Stages
-from whence.scores.blocks import block_names, unreached
 from whence.scores.matrix import Scores
-from whence.scores.pairwise import Pairwise
-from whence.scores.self_influence import SelfInfluence
-from whence.storage.run import RunFolder
-from whence.storage.shards import ShardStore
+from whence.scores.request import Aggregate, Ask, Normalize, Request, checked_solver
+from whence.scores.self_influence import On
 from whence.tasks import Task
+from whence.workbench import Size, Workbench
+
+CANDIDATES = tuple(Damping(relative=relative, scope=scope) for scope in SCOPES for relative in (0.001, 0.01, 0.03, 0.1, 0.3, 1.0, 10.0))
+"""Dampings that a calibration tries, if it is not told which."""
 
 
-class Attributor:
+class Attributor(Workbench):
     """Traces a trained model's behaviour to its training examples.
 
     Nothing of the model is replaced; hooks, frozen parameters and eval mode last for one call and are undone, also
@@ -39,40 +38,48 @@ class Attributor:
     call that was made before with the same model, data and settings is read back.
 
     Args:
-        model: any module with Linear, Hugging Face Conv1D or Conv2d layers.
+        model: any module; see `whence.capture.layers` for the layers that have a handler.
         task: what the model is trained on; see `whence.tasks`.
         run_dir: folder for factors and scores; None: a temporary one that goes with this object.
-        layers: None (all layers with a handler that are trained, without output heads as wide as the vocabulary),
-            `"all"`, or names and shell patterns.
+        layers: None (all layers with a handler that are trained, without embeddings and output heads as wide as the
+            vocabulary), `"all"`, or names and shell patterns.
+        fallback: also track trained parameters without a handler, at the cost of a backward pass per example.
         collate: makes a batch of a list of rows; by default torch's `default_collate`.
         device: `"auto"` (a GPU if there is one), or a torch device. The model is moved there.
+        precision, compile, offload: how passes are run; see `CaptureOptions`.
+        second_moments: Adam's, by parameter name (`whence.second_moments`): gradients are scaled as Adam's steps are.
+        training_time: sum of the learning rates of all training steps, for `response="unrolled"`.
         seed: keys the labels drawn for the true Fisher, and the choice of `max_examples`.
         progress: show progress on standard error.
 
     Raises:
         LayerError: no layer can be tracked, or a name in `layers` matches none.
-        ConfigError: the device does not exist.
+        ConfigError: the device does not exist, or an option cannot be used.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        task: Task,
-        *,
-        run_dir: str | Path | None = None,
-        layers: str | Sequence[str] | None = None,
-        collate: Callable[[list[Any]], Any] | None = None,
-        device: str | torch.device = "auto",
-        seed: int = 0,
-        progress: bool = True,
-    ) -> None:
-        self.device = resolve_device(device)
-        self.model, self.task, self.collate, self.seed = model.to(self.device), task, collate, seed
-        self._layers, self.coverage = track(model, layers)
-        self.stages = Stages(enabled=progress)
-        self.run = RunFolder(None if run_dir is None else Path(run_dir))
-        self._temporary = run_dir is None
-        self._strategy: StrategyName | None = None
+    @classmethod
+    def from_pretrained(cls, path: str | Path, *, task: Task | None = None, **options: Any) -> Self:
+        """Open a Hugging Face folder or hub name; task, collate function and adapters are inferred.
+
+        Rows are tokenised, as for the Hugging Face `Trainer`. `options` are those of the class.
+
+        Raises:
+            ConfigError: no such folder, no ready task for the architecture, or an extra that is not installed.
+        """
+        model, found, collate = open_pretrained(path, task=task)
+        return cls(model, found, **{"collate": collate, **options})
+
+    @classmethod
+    def from_trainer(cls, trainer: Any, *, task: Task | None = None, **options: Any) -> Self:
+        """Take model, task, collate function and the length of training from a Hugging Face `Trainer`.
+
+        `options` are those of the class.
+
+        Raises:
+            ConfigError: no Trainer, or no ready task for its model or loss.
+        """
+        model, found, collate = open_trainer(trainer, task=task)
+        return cls(model, found, **{"collate": collate, "training_time": training_time(trainer), **options})
 
     def fit(
         self,
@@ -80,7 +87,7 @@ class Attributor:
         *,
         strategy: StrategyName = "ekfac",
         empirical: bool = False,
-        batch_size: int = 32,
+        batch_size: Size = "auto",
         max_examples: int | None = None,
         overwrite: bool = False,
     ) -> Self:
@@ -90,7 +97,7 @@ class Attributor:
             train: anything with `__len__` and `__getitem__`; None will do for `"identity"`.
             strategy: `"identity"`, `"diagonal"`, `"kfac"` or `"ekfac"`.
             empirical: use the data's labels; by default labels are drawn from the model (true Fisher).
-            batch_size: rows at a time; changes no result beyond rounding.
+            batch_size: rows at a time; changes no result beyond rounding. `"auto"` is halved when memory runs out.
             max_examples: fit on that many rows, drawn with the seed.
             overwrite: start again if the run folder holds factors of another model, data set or setting.
 
@@ -102,7 +109,7 @@ class Attributor:
             self._strategy = strategy
             return self
         indices = draw_rows(check_dataset(train, "training"), max_examples, seed=self.seed)
-        rows = self._rows(train, indices, batch_size)
+        rows = self._rows(train, "training", indices, batch_size)
         with self._session(rows, train=train) as (recorder, seen):
             settings = {
                 "strategy": strategy,
@@ -135,137 +142,110 @@ class Attributor:
         train: Any,
         *,
         strategy: StrategyName | None = None,
-        damping: float | Damping | Literal["auto"] = "auto",
+        damping: DampingLike = "auto",
+        response: ResponseLike = "inverse",
+        solver: SolverLike = "direct",
+        query_rank: int | None = None,
+        normalize: Normalize | None = None,
         per_layer: bool = False,
-        query_batch_size: int = 32,
-        batch_size: int = 32,
+        per_token: bool = False,
+        aggregate: Aggregate | None = None,
+        query_rows: Sequence[int] | None = None,
+        train_rows: Sequence[int] | None = None,
+        query_batch_size: Size = "auto",
+        batch_size: Size = "auto",
+        name: str | None = None,
         overwrite: bool = False,
     ) -> Scores:
         """Score every training row for every query, in one pass over the training rows.
 
         Args:
-            queries: rows whose measurement is to be explained.
-            train: rows that may explain it.
+            queries, train: rows whose measurement is to be explained, and rows that may explain it.
             strategy: which fitted curvature to use; by default the one fitted last, else the only one in the run folder.
-            damping: added to every eigenvalue; a number, `"auto"` (a tenth of each layer's mean eigenvalue) or `Damping`.
-            per_layer: also keep the scores of each layer.
-            query_batch_size: queries at a time while their gradients are taken.
-            batch_size: training rows at a time; changes no result beyond rounding.
+            damping: a number, `Damping`, `"auto"` (a tenth of each layer's mean eigenvalue) or `"calibrated"`.
+            response: `"inverse"` for a converged model, `"unrolled"` or `Unrolled` for a run of finite length.
+            solver: `"direct"`, `"cg"` or `"exact"`, or `ConjugateGradients` or `Exact` with settings of their own.
+            query_rank, normalize, per_layer, per_token, aggregate: see `whence.scores.request.Request`.
+            query_rows, train_rows: which rows to take; by default all.
+            query_batch_size, batch_size: rows at a time; they change no result beyond rounding.
+            name: folder of these scores in the run folder, by default the strategy's name.
             overwrite: start again if the run folder holds scores of another model, other data or settings.
 
         Raises:
-            NotFittedError: `fit` was not called. MismatchError: what is in the run folder belongs to another model,
-            data set or setting. DataError, NumericalError: as `fit`.
+            ConfigError: options that cannot be used, or not together. NotFittedError: `fit` was not called.
+            MismatchError: the run folder's content is of another model, data set or setting. DataError, NumericalError: as `fit`.
         """
-        query_rows = self._rows(queries, range(check_dataset(queries, "query")), query_batch_size, "query_batch_size")
-        train_rows = self._rows(train, range(check_dataset(train, "training")), batch_size)
-        strategy, checked = self._chosen(strategy), resolve_damping(damping)
-        with self._session(train_rows, train=train, queries=queries) as (recorder, seen):
-            factors = self._factors(strategy, seen)
-            settings = {**self._score_settings(strategy, checked, seen, factors), "per_layer": per_layer}
-            with self._store("scores", strategy, settings, overwrite) as store:
-                if not store.complete:
-                    bases, weights = self._preconditioner(factors, checked)
-                    Pairwise(
-                        recorder=recorder,
-                        bases=bases,
-                        weights=weights,
-                        per_layer=per_layer,
-                        store=store,
-                        stages=self.stages,
-                    ).run(query_rows, train_rows)
-                    store.finish({"unreached": unreached(store, train_rows, self._layers)})
-                self._leave_out_unreached(store)
-        self._record("scores", settings)
-        return Scores.load(store.folder)
+        request = Request(per_layer=per_layer, per_token=per_token, aggregate=aggregate, normalize=normalize, query_rank=query_rank)
+        query_set = self._rows(queries, "query", query_rows, query_batch_size, "query_batch_size")
+        train_set = self._rows(train, "training", train_rows, batch_size)
+        plan = checked_solver(solver, request, response)
+        # An exact inverse needs no fitted curvature.
+        chosen = "identity" if strategy is None and isinstance(plan, Exact) else self._chosen(strategy)
+        spectrum = self._spectrum(chosen, damping, response, plan)
+        subsets = {"query rows": query_rows, "train rows": train_rows}
+        asked = {
+            **request.to_json(),
+            **({} if plan is None else plan.to_json()),
+            **{key: list(rows) for key, rows in subsets.items() if rows is not None},
+            "trained rows": len(train),
+        }
+        ask = Ask(strategy=chosen, spectrum=spectrum, request=request, solver=plan, asked=asked, name=name, overwrite=overwrite)
+        return self._score(query_set, train_set, ask)
 
     def self_influence(
         self,
         train: Any,
         *,
         strategy: StrategyName | None = None,
-        damping: float | Damping | Literal["auto"] = "auto",
-        batch_size: int = 32,
+        damping: DampingLike = "auto",
+        response: ResponseLike = "inverse",
+        on: On = "loss",
+        train_rows: Sequence[int] | None = None,
+        batch_size: Size = "auto",
         overwrite: bool = False,
     ) -> Tensor:
         """Return each row's influence on its own loss, `[train]` on the CPU; high for mislabelled and odd rows.
 
-        Arguments and errors as for `scores`.
+        Args:
+            train: the rows.
+            on: `"loss"`, or `"measurement"` for each row's influence on its own measurement, which may be negative.
+            strategy, damping, response, train_rows, batch_size, overwrite: as for `scores`, and so are the errors.
         """
-        rows = self._rows(train, range(check_dataset(train, "training")), batch_size)
-        strategy, checked = self._chosen(strategy), resolve_damping(damping)
-        with self._session(rows, train=train) as (recorder, seen):
-            factors = self._factors(strategy, seen)
-            settings = self._score_settings(strategy, checked, seen, factors)
-            with self._store("self_influence", strategy, settings, overwrite) as store:
-                if not store.complete:
-                    bases, weights = self._preconditioner(factors, checked)
-                    SelfInfluence(recorder=recorder, bases=bases, weights=weights, store=store, stages=self.stages).run(rows)
-                    store.finish({"unreached": unreached(store, rows, self._layers)})
-                self._leave_out_unreached(store)
-        self._record("self_influence", settings)
-        return torch.cat([store.read(name)["total"] for name in block_names(rows)])
+        rows = self._rows(train, "training", train_rows, batch_size)
+        chosen = self._chosen(strategy)
+        spectrum = self._spectrum(chosen, damping, response)
+        asked = {} if train_rows is None else {"train rows": list(train_rows)}
+        return self._self_influence(rows, Ask(strategy=chosen, spectrum=spectrum, asked=asked, overwrite=overwrite), on)
 
-    def _rows(self, dataset: Any, indices: Sequence[int], batch_size: int, name: str = "batch_size") -> Rows:
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ConfigError(f"{name}={batch_size!r} cannot be used; give a number of rows, 1 or more.")
-        return Rows(dataset=dataset, indices=indices, batch_size=batch_size, collate=self.collate, device=self.device)
+    def calibrate(
+        self,
+        queries: Any,
+        train: Any,
+        bank: RetrainBank,
+        *,
+        strategy: StrategyName | None = None,
+        solver: SolverLike = "direct",
+        candidates: Sequence[float | Damping | Unrolled] = CANDIDATES,
+        **options: Any,
+    ) -> Calibration[Spectrum]:
+        """Choose damping or response, and the scale of removal effects, on retrained subsets; `damping="calibrated"` uses them.
 
-    @contextmanager
-    def _session(self, rows: Rows, **datasets: Any) -> Iterator[tuple[Recorder, Survey]]:
-        """Install the taps for one call and look at model and data."""
-        recorder = Recorder(self.model, self._layers, self.task)
-        with recorder.recording():
-            seen = survey(recorder, rows, datasets)
-            for name in seen.unbatched:
-                self.coverage.drop(name, "called without the batch's axis")
-            yield recorder, seen
+        Args:
+            queries, train: the rows that the bank's columns and masks stand for.
+            bank: real retrains that are not reported: `RetrainBank.split(...)`'s calibration side.
+            strategy, solver: which curvature to calibrate for, as of `scores`.
+            candidates: dampings (with the inverse) and finite runs (without damping) to choose from.
+            options: `query_rows`, `train_rows`, `query_batch_size`, `batch_size` as of `scores`.
+        """
+        spectra = [
+            Spectrum(damping=0.0, response=c) if isinstance(c, Unrolled) else Spectrum(damping=resolve_damping(c)) for c in candidates
+        ]
 
-    def _leave_out_unreached(self, store: ShardStore) -> None:
-        for name in store.result["unreached"]:
-            self.coverage.drop(name, "reached by no gradient (never called as a module, or cut off from the loss)")
+        def values(spectrum: Spectrum) -> Tensor:
+            named: dict[str, Any] = {"damping": spectrum.damping, "response": spectrum.response, "name": "calibration"}
+            return self.scores(queries, train, strategy=strategy, solver=solver, **named, **options, overwrite=True).values
 
-    @contextmanager
-    def _store(self, kind: str, strategy: str, settings: dict[str, Any], overwrite: bool) -> Iterator[ShardStore]:
-        # Nobody else sees a temporary folder, so there is nothing to protect in it.
-        replace = overwrite or self._temporary
-        with ShardStore(self.run.sub(kind, strategy), kind=kind, settings=settings, overwrite=replace) as store:
-            yield store
-
-    def _chosen(self, strategy: StrategyName | None) -> StrategyName:
-        """Return the strategy asked for, fitted last, or alone in the run folder."""
-        if strategy is not None:
-            get_strategy(strategy)
-            return strategy
-        return self._strategy or only_strategy(self.run.sub("factors"))
-
-    def _factors(self, strategy: str, seen: Survey) -> ShardStore | None:
-        """Open the fitted factors; None for identity, which has none."""
-        if strategy == "identity":
-            return None
-        stored = open_factors(self.run.sub("factors", strategy), seen.identity)
-        self._leave_out_unreached(stored)
-        return stored
-
-    def _score_settings(self, strategy: str, damping: float | Damping, seen: Survey, factors: ShardStore | None) -> dict[str, Any]:
-        fitted = {} if factors is None else {k: v for k, v in factors.settings.items() if k not in seen.identity}
-        return {
-            "strategy": strategy,
-            "damping": damping if isinstance(damping, float) else vars(damping),
-            **seen.identity,
-            "factors": fitted,
-            **seen.data,
-        }
-
-    def _preconditioner(self, factors: ShardStore | None, damping: float | Damping) -> Preconditioner:
-        return preconditioner(factors, self._layers, damping, device=self.device, dtype=sum_type(self.model))
-
-    def _record(self, command: str, settings: dict[str, Any]) -> None:
-        self.run.record(
-            {
-                "call": command,
-                "settings": settings,
-                "coverage": {"share": self.coverage.share, "left_out": self.coverage.left_out},
-                "stages": self.stages.to_json(),
-            }
-        )
+        found = calibrate(values, spectra, bank)
+        key = solver_name(solver) or self._chosen(strategy)
+        self._keep_calibration(key, replace(found.damping, scale=found.scale))
+        return found

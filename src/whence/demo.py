@@ -17,10 +17,11 @@ from whence.attributor import Attributor
 from whence.errors import ConfigError
 from whence.evaluate.mislabeled import recall_curve
 from whence.recipes.base import Recipe
-from whence.recipes.digits import DigitsData, DigitsSettings, build_network, load_data, make_recipe, one_thread, predict, train_network
+from whence.recipes.digits import DigitsData, DigitsSettings, build_network, load_data, make_recipe, predict, train_network
 from whence.report.digits import digits_page
 from whence.report.digits_findings import DigitsFindings, Misread
 from whence.report.page import require_extra, write_page
+from whence.runtime.device import one_thread
 from whence.scores.matrix import Scores
 from whence.storage.run import explain_write_errors, write_json_atomic
 from whence.tasks import Classification

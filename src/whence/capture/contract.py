@@ -137,3 +137,19 @@ def pairwise(sizes: Sizes, queries: int, budget: int) -> Choice:
         return Choice(order="factor", flops=factor, chunk=_chunk(held, queries, sizes, budget))
     row = sizes.examples * sizes.inputs
     return Choice(order="form", flops=form, chunk=_chunk(row, sizes.groups * sizes.outputs, sizes, budget))
+
+
+def low_rank(sizes: Sizes, queries: int, rank: int, budget: int) -> Choice:
+    """Choose the order for the products of a batch with resident queries of a low rank.
+
+    `factor` multiplies inputs and output gradients with the factors (`chunk` counts queries); `form` writes the queries out
+    again, a few rows at a time, once per batch (`chunk` counts rows over all groups).
+    """
+    factor = 2 * sizes.examples * queries * rank * sizes.pair
+    written = 2 * queries * rank * sizes.weights
+    form = written + 2 * sizes.examples * queries * sizes.weights + _form(sizes)
+    if factor < form:
+        held = 2 * sizes.examples * sizes.groups * sizes.positions * rank
+        return Choice(order="factor", flops=factor, chunk=_chunk(held, queries, sizes, budget))
+    row = (sizes.examples + queries) * sizes.inputs
+    return Choice(order="form", flops=form, chunk=_chunk(row, sizes.groups * sizes.outputs, sizes, budget))

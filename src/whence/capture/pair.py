@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -31,7 +32,9 @@ class Basis:
         return Sides(inputs=self.inputs is not None, outputs=self.outputs is not None)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Basis:
-        """Return the basis on a device, in a type."""
+        """Return the basis on a device, in a type; itself if it is there."""
+        if all(q is None or (q.device == device and q.dtype == dtype) for q in (self.inputs, self.outputs)):
+            return self
         inputs = None if self.inputs is None else self.inputs.to(device, dtype)
         outputs = None if self.outputs is None else self.outputs.to(device, dtype)
         return Basis(inputs=inputs, outputs=outputs)
@@ -68,20 +71,57 @@ class SharedInputs:
         return rotated
 
 
+class LayerGradient(Protocol):
+    """What a batch gave for one layer: its per-example gradients, in whatever form they are cheapest to hold."""
+
+    @property
+    def sizes(self) -> Sizes:
+        """Sizes for the cost model."""
+        ...
+
+    def gradients(self, basis: Basis, budget: int) -> Iterator[tuple[slice, Tensor]]:
+        """Yield gradients in a basis, `[chunk, group, out, in]`; each may be overwritten by the consumer."""
+        ...
+
+    def sum_of_squares(self, basis: Basis, budget: int) -> Tensor:
+        """Return the sum over examples of squared rotated gradients, `[group, out, in]`."""
+        ...
+
+    def weighted_squares(self, basis: Basis, weights: Tensor, budget: int) -> Tensor:
+        """Return per example the sum of its squared rotated gradient times `weights` `[group, out, in]`: `[example]`."""
+        ...
+
+    def norms(self, budget: int) -> Tensor:
+        """Return the squared norm of every example's gradient, per group: `[example, group]`."""
+        ...
+
+    def covariances(self, sides: Sides) -> tuple[Tensor, Tensor, Tensor]:
+        """Return sums over real positions of `a a^T`, of `g g^T` (diagonals of a side without a basis), and their number."""
+        ...
+
+    def merged(self) -> LayerGradient:
+        """Return the sum over examples as one example's gradient."""
+        ...
+
+    def take(self, rows: slice) -> LayerGradient:
+        """Return some of the examples."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Pair:
     """Inputs `a` `[example, group, position, in]` without the column of ones, output gradients `g` alike.
 
-    `bias` asks for that column; `mask` `[example, position]` marks real positions (for covariances only);
-    `transform` is the task's post-processing of gradients `[example, group, out, in]`, if it has one; `shared` is the
-    same object in the pairs of all layers that read these inputs.
+    `bias` asks for that column; `mask` `[example, position]` marks real positions (for covariances only); `places`
+    `[example, position]` numbers each position's token, -1 where there is none; `shared` is the same object in the
+    pairs of all layers that read these inputs.
     """
 
     a: Tensor
     g: Tensor
     bias: bool
     mask: Tensor | None = None
-    transform: Callable[[Tensor], Tensor] | None = None
+    places: Tensor | None = None
     shared: SharedInputs | None = None
 
     @property
@@ -121,13 +161,14 @@ class Pair:
         A classifier that reads one token leaves most of its last block without any, and padding often has none.
         """
         # On a GPU the look would make the host wait. Where both ends have a gradient, nothing is expected between.
-        if self.transform is not None or self.g.shape[2] == 1 or self.g.device.type != "cpu":
+        if self.g.shape[2] == 1 or self.g.device.type != "cpu":
             return self
         if self.g[:, :, 0].any() and self.g[:, :, -1].any():
             return self
         places = self.g.abs().amax((0, 1, 3)).nonzero().flatten()
         places = places if len(places) else places.new_zeros(1)
-        return replace(self, a=self.a[:, :, places], g=self.g[:, :, places], mask=None, shared=None)
+        kept = None if self.places is None else self.places[:, places]
+        return replace(self, a=self.a[:, :, places], g=self.g[:, :, places], mask=None, places=kept, shared=None)
 
     def chunks(self, size: int) -> Iterator[tuple[slice, Pair]]:
         """Yield the pair a few examples at a time."""
@@ -136,21 +177,29 @@ class Pair:
             return
         for start in range(0, len(self.a), size):
             rows = slice(start, start + size)
-            yield rows, replace(self, a=self.a[rows], g=self.g[rows], shared=None)
+            yield rows, self.take(rows)
+
+    def take(self, rows: slice) -> Pair:
+        """Return some of the examples."""
+        mask, places = (None if t is None else t[rows] for t in (self.mask, self.places))
+        return replace(self, a=self.a[rows], g=self.g[rows], mask=mask, places=places, shared=None)
+
+    def merged(self) -> Pair:
+        """Return the sum over examples as one example's gradient: all positions in a row."""
+        a, g = (x.transpose(0, 1).flatten(1, 2).unsqueeze(0) for x in (self.a, self.g))
+        return Pair(a=a, g=g, bias=self.bias)
 
     def formed(self) -> Tensor:
-        """Return the gradients `[example, group, out, in]`, transformed if the task says so."""
-        gradient = self.g.mT @ self.inputs()
-        return gradient if self.transform is None else self.transform(gradient)
+        """Return the gradients `[example, group, out, in]`."""
+        if self.g.shape[-1] == 1 and self.g.shape[1] > 1:  # a normalisation: products this small are faster one by one
+            return (self.inputs() * self.g).sum(2).unsqueeze(2)
+        return self.g.mT @ self.inputs()
 
     def gradients(self, basis: Basis, budget: int) -> Iterator[tuple[slice, Tensor]]:
         """Yield gradients in a basis, `[chunk, group, out, in]`, in the cheapest order within the budget.
 
         Each yielded tensor may be overwritten by the consumer.
         """
-        if self.transform is not None:  # it may mix examples, so that chunks would change its result
-            yield slice(None), basis.rotate(self.formed())
-            return
         pair = self.live()
         choice = contract.gradients(pair.sizes, basis.sides, budget)
         if choice.order == "form":
@@ -168,7 +217,7 @@ class Pair:
         pair = self.live()
         sizes = pair.sizes
         choice = contract.squares(sizes, basis.sides, budget)
-        if choice.order == "outer" and self.transform is None:
+        if choice.order == "outer":
             a, g = pair._rotated_squares(basis)
             return g.mT @ a
         total = pair.g.new_zeros(sizes.groups, sizes.outputs, sizes.inputs)
@@ -180,7 +229,7 @@ class Pair:
         """Return per example the sum of its squared rotated gradient times `weights` `[group, out, in]`: `[example]`."""
         pair = self.live()
         choice = contract.squares(pair.sizes, basis.sides, budget)
-        if self.transform is None and choice.order == "outer":
+        if choice.order == "outer":
             a, g = pair._rotated_squares(basis)
             return ((g @ weights) * a).sum((0, 2))
         # Not a product with the flattened weights: that adds half a million numbers one by one, and loses digits.
@@ -190,9 +239,9 @@ class Pair:
         """Return the squared norm of every example's gradient, per group: `[example, group]`."""
         pair = self.live()
         choice = contract.squares(pair.sizes, IDENTITY.sides, budget, uniform=True)
-        if self.transform is None and choice.order == "gram":
+        if choice.order == "gram":
             return torch.cat([part._gram_norms() for _, part in pair.chunks(choice.chunk)])
-        if self.transform is None and choice.order == "outer":
+        if choice.order == "outer":
             a, g = pair._rotated_squares(IDENTITY)
             return (g.sum(-1) * a.sum(-1)).mT
         return torch.cat([gradient.square_().sum((2, 3)) for _, gradient in pair.gradients(IDENTITY, budget)])
@@ -206,15 +255,23 @@ class Pair:
         inputs = self.a @ self.a.mT + float(self.bias)
         return (inputs * (self.g @ self.g.mT)).sum((2, 3))
 
-    def covariances(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return sums over real positions of `a a^T` `[group, in, in]`, of `g g^T` `[group, out, out]`, and their number."""
+    def covariances(self, sides: Sides) -> tuple[Tensor, Tensor, Tensor]:
+        """Return sums over real positions of `a a^T` `[group, in, in]`, of `g g^T` `[group, out, out]`, and their number.
+
+        Of a side without a basis only the diagonal is summed: `[group, in]` or `[group, out]`.
+        """
         a, g = self.inputs(), self.g
         count = self.g.new_tensor(a.shape[0] * a.shape[2])
         if self.mask is not None:
             real = self.mask.to(a)[:, None, :, None]
             a, g, count = a * real, g * real, self.mask.to(a).sum()
         a, g = (x.transpose(0, 1).flatten(1, 2) for x in (a, g))
-        return a.mT @ a, g.mT @ g, count
+        return _second_moment(a, sides.inputs), _second_moment(g, sides.outputs), count
+
+
+def _second_moment(x: Tensor, whole: bool) -> Tensor:
+    """`[group, row, f]` -> sums over rows, `[group, f, f]` or the diagonal `[group, f]`."""
+    return x.mT @ x if whole else x.square().sum(1)
 
 
 def _times(x: Tensor, matrix: Tensor, offset: Tensor | None = None) -> Tensor:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from whence.capture.pair import Pair
-from whence.capture.recorder import Consumer, Objective, Recorder
+from whence.capture.formed import Formed
+from whence.capture.pair import LayerGradient
+from whence.capture.recorder import Objective, ObjectiveOf, Recorder
+from whence.capture.state import Consumer
 from whence.capture.tracking import TrackedLayer
 from whence.errors import ConfigError, NumericalError
 from whence.runtime.batches import Batch, iterate_batches, row_blocks
+from whence.runtime.memory import BatchSize, is_out_of_memory
 from whence.runtime.noise import KeyedNoise
 from whence.tasks import Task
 
@@ -28,7 +31,7 @@ class Rows:
 
     dataset: Any
     indices: Sequence[int]
-    batch_size: int
+    batch_size: BatchSize
     collate: Callable[[list[Any]], Any] | None
     device: torch.device
 
@@ -43,7 +46,7 @@ class Rows:
     def batches(self, block: range) -> Iterator[Batch]:
         """Yield the batches of a block."""
         indices = [self.indices[i] for i in block]
-        yield from iterate_batches(self.dataset, indices, batch_size=self.batch_size, collate=self.collate, device=self.device)
+        yield from iterate_batches(self.dataset, indices, batch_size=self.batch_size.rows, collate=self.collate, device=self.device)
 
 
 def draw_rows(rows: int, max_examples: int | None, *, seed: int) -> list[int]:
@@ -57,10 +60,6 @@ def draw_rows(rows: int, max_examples: int | None, *, seed: int) -> list[int]:
     if max_examples is None or max_examples >= rows:
         return list(range(rows))
     return sorted(random.Random(seed).sample(range(rows), max_examples))
-
-
-ObjectiveOf = Callable[[Batch], Objective]
-"""The objective for one batch; label sampling depends on the ids of its examples."""
 
 
 def loss_of(task: Task) -> ObjectiveOf:
@@ -98,10 +97,44 @@ def run_block(
 ) -> None:
     """Run the batches of a block; `consumer_for(place)` gets the place of a batch's first row, counted from `first`."""
     place = first
-    for batch in rows.batches(block):
-        recorder.run(batch, objective(batch), consumer_for(place))
-        place += len(batch.ids)
-        advance(len(batch.ids))
+    try:
+        for batch in rows.batches(block):
+            recorder.run(batch, objective, consumer_for(place))
+            place += len(batch.ids)
+            advance(len(batch.ids))
+    except BaseException:
+        advance(first - place)  # the block will be run again, if at all
+        raise
+
+
+Result = TypeVar("Result")
+
+
+def finished(
+    recorder: Recorder, rows: Rows, compute: Callable[[], Result], finite: Callable[[Result], bool], explain: Callable[[], None]
+) -> Result:
+    """Return what `compute()` returns, computed once more after what a smaller batch or loss scale can mend.
+
+    `compute` starts from nothing each time, so that no half-done sum is kept. Out of memory, an automatic batch size is
+    halved; with float16, overflow lowers the loss scale. Where neither helps, `explain()` raises the error.
+
+    Raises:
+        ConfigError: out of memory, at a batch size that was given or at one row. What `explain` raises.
+    """
+    while True:
+        try:
+            result = compute()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            rows.batch_size.halve(error)
+            continue
+        if finite(result):
+            return result
+        if recorder.loss_scale <= 1:
+            explain()
+            raise AssertionError("explain() raises")
+        recorder.loss_scale = max(1.0, recorder.loss_scale / 16)
 
 
 def raise_not_finite(recorder: Recorder, rows: Rows, block: range, objective: ObjectiveOf, stage: str) -> None:
@@ -120,16 +153,17 @@ def raise_not_finite(recorder: Recorder, rows: Rows, block: range, objective: Ob
                 found.append(f"layer {layer.name!r}: {source} NaN or infinite")
                 _mark(bad, output)
 
-        def gradients(layer: TrackedLayer, pair: Pair, found: list[str] = found, bad: Tensor = bad) -> None:
-            if not found and not torch.isfinite(pair.g).all():
+        def gradients(layer: TrackedLayer, pair: LayerGradient, found: list[str] = found, bad: Tensor = bad) -> None:
+            g = pair.gradient if isinstance(pair, Formed) else pair.g  # type: ignore[attr-defined]
+            if not found and not torch.isfinite(g).all():
                 found.append(f"layer {layer.name!r}: the gradient of its output is NaN or infinite")
-                _mark(bad, pair.g)
+                _mark(bad, g)
 
-        recorder.observers.append(watch)
+        recorder.taps.observers.append(watch)
         try:
-            losses = recorder.run(batch, objective(batch), gradients)
+            losses = recorder.run(batch, objective, gradients)
         finally:
-            recorder.observers.clear()
+            recorder.taps.observers.clear()
         if not found and not torch.isfinite(losses).all():
             found.append("no layer, but the loss: it is NaN or infinite")
             _mark(bad, losses)

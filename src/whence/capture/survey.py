@@ -11,11 +11,12 @@ from torch import nn
 
 from whence.capture.passes import Rows
 from whence.capture.recorder import Recorder
+from whence.capture.verify import strange_layers
 from whence.runtime.batches import Batch, iterate_batches
-from whence.storage.run import fingerprint_model, fingerprint_rows, fingerprint_source
+from whence.storage.run import fingerprint_model, fingerprint_rows, fingerprint_source, fingerprint_tensors
 from whence.tasks import Task
 
-FORMAT = 1
+FORMAT = 2
 """Raised when what a run folder holds changes its meaning; older folders are then refused by name."""
 
 
@@ -26,19 +27,26 @@ class Survey:
     Attributes:
         identity: format, model, task and layers: what every result depends on.
         data: fingerprint of each data set.
-        unbatched: layers that are called without the batch's axis, such as those on position embeddings.
+        left_out: layers that are left out, and why: called without the batch's axis, such as those on position embeddings, or
+            of a class whose forward is not what its kind computes.
     """
 
     identity: dict[str, Any]
     data: dict[str, str]
-    unbatched: list[str]
+    left_out: dict[str, str]
 
 
-def survey(recorder: Recorder, rows: Rows, datasets: Mapping[str, Any]) -> Survey:
-    """Run two rows forward, read every row of the data sets once, and leave out layers off the batch's axis.
+def survey(recorder: Recorder, rows: Rows, datasets: Mapping[str, Any], *, lenient: bool = True) -> Survey:
+    """Run two rows forward, read every row of the data sets once, and leave out layers that cannot be taken.
+
+    Args:
+        recorder: the taps, installed.
+        rows: rows to run forward.
+        datasets: what is read.
+        lenient: leave out a layer whose forward is not that of its kind; else it is an error.
 
     Raises:
-        DataError: a row cannot be used. LayerError: the task differentiates the model itself.
+        DataError: a row cannot be used. LayerError: the task differentiates the model itself, or a layer is not of its kind.
     """
     task, model = recorder.task, recorder.model
     found = _options(task)
@@ -48,9 +56,14 @@ def survey(recorder: Recorder, rows: Rows, datasets: Mapping[str, Any]) -> Surve
         name: fingerprint_rows(dataset, inspect=lambda index, row: task.inspect_row(model, index, row))
         for name, dataset in datasets.items()
     }
-    unbatched = _unbatched(recorder, rows)
-    for name in unbatched:
+    left_out = recorder.taps.strangers if lenient else {}
+    left_out |= dict.fromkeys(_unbatched(recorder, rows, lenient), "called without the batch's axis")
+    for name in left_out:
         recorder.leave_out(name)
+    strange = strange_layers(recorder, _batch(rows, rows.indices[:2]), lenient=lenient)
+    for name in strange:
+        recorder.leave_out(name)
+    left_out |= strange
     identity = {
         "format": FORMAT,
         "model": fingerprint_model(model),
@@ -58,18 +71,20 @@ def survey(recorder: Recorder, rows: Rows, datasets: Mapping[str, Any]) -> Surve
         # What changes while the task is used is its state and no option.
         "task options": {name: value for name, value in _options(task).items() if found.get(name) == value},
         "layers": {layer.name: list(layer.shape) for layer in recorder.layers},
+        **({} if recorder.options.half is None else {"precision": recorder.options.precision}),
+        **({"second moments": fingerprint_tensors(recorder.scales)} if recorder.scales else {}),
     }
-    return Survey(identity=identity, data=data, unbatched=unbatched)
+    return Survey(identity=identity, data=data, left_out=left_out)
 
 
 def _batch(rows: Rows, indices: Any) -> Batch:
     return next(iterate_batches(rows.dataset, indices, batch_size=2, collate=rows.collate, device=rows.device))
 
 
-def _unbatched(recorder: Recorder, rows: Rows) -> list[str]:
+def _unbatched(recorder: Recorder, rows: Rows, lenient: bool) -> list[str]:
     """Name the layers whose leading size is not the number of rows, and stays the same when one row becomes two."""
     first = rows.indices[0]
-    (one, before), (two, after) = (recorder.survey(_batch(rows, indices)) for indices in ([first], [first, first]))
+    (one, before), (two, after) = (recorder.survey(_batch(rows, indices), lenient=lenient) for indices in ([first], [first, first]))
     return [name for name, sizes in after.items() if before.get(name) == sizes and (before[name], sizes) != ({one}, {two})]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
@@ -19,6 +19,7 @@ from whence.cli.options import (
     Strategy,
     Switch,
     parse_damping,
+    parse_response,
 )
 from whence.errors import ConfigError, MismatchError
 
@@ -69,20 +70,21 @@ def score(
     Args:
         k: Strongest proponents and opponents per query in the table that is written beside the scores.
     """
-    damping = parse_damping(inverse.damping)
+    damping, response = parse_damping(inverse.damping), parse_response(inverse.response)
     attributor, found = _open(recipe, run)
     scores = attributor.scores(
         found.queries,
         found.train,
         strategy=inverse.strategy,
         damping=damping,
-        query_batch_size=scoring.query_batch_size,
+        response=response,
         batch_size=run.batch_size,
-        per_layer=scoring.per_layer,
         overwrite=run.overwrite,
+        **vars(scoring),
     )
-    folder = _scores_folder(_folder(found, run), inverse.strategy)
-    table = folder.with_name(f"{inverse.strategy}_top.parquet")
+    name = scoring.name or (inverse.strategy if scoring.solver == "direct" else scoring.solver)
+    folder = _scores_folder(_folder(found, run), name)
+    table = folder.with_name(f"{name}_top.parquet")
     scores.to_parquet(table, k=k)
     queries, train = scores.values.shape
     values = {"recipe": found.name, "strategy": inverse.strategy, "damping": inverse.damping}
@@ -94,14 +96,25 @@ def self_influence(
     /,
     *,
     inverse: Annotated[InverseOptions, Flat] = InverseOptions(),  # noqa: B008
+    on: Literal["loss", "measurement"] = "loss",
     listing: Annotated[ListOptions, Flat] = ListOptions(),  # noqa: B008
     run: Annotated[RunOptions, Flat] = RunOptions(),  # noqa: B008
 ) -> None:
-    """Rank a recipe's training rows by self-influence: wrong labels and unusual rows come first."""
-    damping = parse_damping(inverse.damping)
+    """Rank a recipe's training rows by self-influence: wrong labels and unusual rows come first.
+
+    Args:
+        on: Each row's influence on its own loss, or on its own measurement.
+    """
+    damping, response = parse_damping(inverse.damping), parse_response(inverse.response)
     attributor, found = _open(recipe, run)
     values = attributor.self_influence(
-        found.train, strategy=inverse.strategy, damping=damping, batch_size=run.batch_size, overwrite=run.overwrite
+        found.train,
+        strategy=inverse.strategy,
+        damping=damping,
+        response=response,
+        on=on,
+        batch_size=run.batch_size,
+        overwrite=run.overwrite,
     )
 
     from whence.scores.self_influence import to_parquet
@@ -123,6 +136,7 @@ def top(
     *,
     query: Numbers | None = None,
     strategy: Strategy = "ekfac",
+    name: str | None = None,
     listing: Annotated[ListOptions, Flat] = ListOptions(),  # noqa: B008
     run_dir: Path | None = None,
     json: Switch = False,
@@ -132,6 +146,7 @@ def top(
     Args:
         query: Queries to list, for example 0,3,7. Default: the first five.
         strategy: The strategy whose scores are read.
+        name: Folder of the scores in the run folder, if they were given one.
         run_dir: Run folder. Default: runs/NAME, after the recipe's name.
         json: Print the data as JSON.
     """
@@ -139,7 +154,7 @@ def top(
     from whence.scores.matrix import Scores
 
     found = load_recipe(recipe)
-    folder = _scores_folder(run_dir or Path("runs") / found.name, strategy)
+    folder = _scores_folder(run_dir or Path("runs") / found.name, name or strategy)
     if not folder.exists():
         raise ConfigError(
             f"{folder} does not exist: there are no {strategy} scores to list. "
@@ -163,7 +178,17 @@ def _open(spec: str, run: RunOptions) -> tuple[Attributor, Recipe]:
     found = load_recipe(spec)
     layers = "all" if run.layers == ["all"] else run.layers or found.layers
     attributor = Attributor(
-        found.model, found.task, run_dir=_folder(found, run), layers=layers, collate=found.collate, device=run.device, seed=run.seed
+        found.model,
+        found.task,
+        run_dir=_folder(found, run),
+        layers=layers,
+        collate=found.collate,
+        fallback=run.fallback,
+        device=run.device,
+        precision=run.precision,
+        compile=run.compile,
+        offload=run.offload,
+        seed=run.seed,
     )
     return attributor, found
 
@@ -183,7 +208,12 @@ def _finish(attributor: Attributor, values: dict[str, Any], run: RunOptions) -> 
 
 def _check_sizes(found: Recipe, scores: Scores, folder: Path) -> None:
     """Saved scores name rows by number; with other data they would name other rows."""
-    present, stored = (len(found.queries), len(found.train)), tuple(scores.values.shape)
+    if scores.settings.get("aggregate") in ("rows", "both"):
+        raise ConfigError(f"{folder} holds sums over training rows, so there are no rows to list. Score again without --aggregate rows.")
+    queries, train = scores.values.shape
+    stored = (queries, scores.trained_rows or train)
+    listed = scores.query_rows is not None or scores.settings.get("aggregate") == "queries"
+    present = (queries if listed else len(found.queries), len(found.train))
     if present != stored:
         raise MismatchError(
             f"{folder} holds scores of {stored[0]} queries and {stored[1]} training rows; recipe {found.name} now has {present[0]} and "
@@ -203,7 +233,9 @@ def _chosen(scores: Scores, query: list[int] | None) -> list[int]:
 def _for_query(found: Recipe, scores: Scores, query: int, listing: ListOptions) -> dict[str, Any]:
     sides = {"proponents": scores.top(query, listing.k)} | ({"opponents": scores.bottom(query, listing.k)} if listing.bottom else {})
     lists = {side: [_row(found, t, value) for t, value in rows] for side, rows in sides.items()}
-    return {"query": query, "text": _text(found, found.queries[query]), **lists}
+    summed = scores.settings.get("aggregate") == "queries"
+    row = query if scores.query_rows is None else scores.query_rows[query]
+    return {"query": row, "text": "the sum of all queries" if summed else _text(found, found.queries[row]), **lists}
 
 
 def _query_lines(entry: dict[str, Any]) -> list[str]:

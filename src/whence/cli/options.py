@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from cyclopts import Token
 
     from whence.curvature.basis import Damping
+    from whence.curvature.response import Unrolled
 
 Strategy = Literal["identity", "diagonal", "kfac", "ekfac"]
 
@@ -39,6 +40,11 @@ def _whole(at_least: int) -> Callable[[Any, Sequence[Token]], int]:
     return convert
 
 
+def _size(type_: Any, tokens: Sequence[Token]) -> int | str:
+    """Convert a batch size: `auto` or a whole number."""
+    return "auto" if tokens[0].value.strip() == "auto" else _whole(1)(type_, tokens)
+
+
 def _split(type_: Any, tokens: Sequence[Token]) -> list[str]:
     """Split `a,b` into its parts; a YAML list and a repeated option come as several tokens."""
     parts = [part.strip() for token in tokens for part in token.value.split(",")]
@@ -56,20 +62,44 @@ def _split_whole(type_: Any, tokens: Sequence[Token]) -> list[int]:
 
 
 Count = Annotated[int, Parameter(converter=_whole(1), n_tokens=1)]
+Size = Annotated[int | Literal["auto"], Parameter(converter=_size, n_tokens=1)]
 Whole = Annotated[int, Parameter(converter=_whole(0), n_tokens=1)]
 Switch = Annotated[bool, Parameter(negative=())]
 Names = Annotated[list[str], Parameter(converter=_split, n_tokens=1, negative=())]
 Numbers = Annotated[list[int], Parameter(converter=_split_whole, n_tokens=1, negative=())]
 
 
-def parse_damping(text: str) -> float | Literal["auto"] | Damping:
-    """Return what `--damping` means: a number (absolute), `auto`, `relative:0.1` or `relative:0.1:model`.
+def parse_response(text: str) -> Literal["inverse", "unrolled"] | Unrolled:
+    """Return what `--response` means: `inverse`, `unrolled`, or `unrolled:TIME`.
 
     Raises:
         ConfigError: the text is none of these.
     """
-    if text == "auto":
-        return "auto"
+    if text in ("inverse", "unrolled"):
+        return cast(Literal["inverse", "unrolled"], text)
+    kind, _, number = text.partition(":")
+    try:
+        time = float(number)
+    except ValueError:
+        time = math.nan
+    if kind != "unrolled" or not (math.isfinite(time) and time > 0):
+        raise ConfigError(
+            f"--response {text} is not understood. Give inverse, unrolled (the length of training must be known), "
+            "or unrolled:1.5 (1.5 = the sum of the learning rates over all steps)."
+        )
+    from whence.curvature.response import Unrolled
+
+    return Unrolled(time=time)
+
+
+def parse_damping(text: str) -> float | Literal["auto", "calibrated"] | Damping:
+    """Return what `--damping` means: a number (absolute), `auto`, `calibrated`, `relative:0.1` or `relative:0.1:model`.
+
+    Raises:
+        ConfigError: the text is none of these.
+    """
+    if text in ("auto", "calibrated"):
+        return cast(Literal["auto", "calibrated"], text)
     kind, _, rest = text.partition(":")
     number, _, scope = rest.partition(":") if kind == "relative" else (text, "", "")
     try:
@@ -78,7 +108,7 @@ def parse_damping(text: str) -> float | Literal["auto"] | Damping:
         value = math.nan
     if not (math.isfinite(value) and value >= 0) or scope not in ("", "layer", "model"):
         raise ConfigError(
-            f"--damping {text} is not understood. Give a number of at least 0 (absolute), auto, "
+            f"--damping {text} is not understood. Give a number of at least 0 (absolute), auto, calibrated, "
             "relative:0.1 (of each layer's mean eigenvalue) or relative:0.1:model (of the mean over all layers)."
         )
     if kind != "relative":
@@ -96,7 +126,10 @@ class RunOptions:
     """Run folder. Default: runs/NAME, after the recipe's name."""
 
     layers: Names | None = None
-    """Layers to track: names or patterns, separated by commas, or all. Default: the recipe's choice, else every layer that is supported."""
+    """Layers to track: names or patterns, separated by commas, or all. Default: the recipe's choice, else all but embeddings and heads."""
+
+    fallback: Switch = False
+    """Also track parameters without a handler, one backward pass per example."""
 
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
@@ -104,8 +137,17 @@ class RunOptions:
     seed: Whole = 0
     """Seed of everything random."""
 
-    batch_size: Count = 32
-    """Training rows per batch. Changes speed and memory, not results."""
+    batch_size: Size = "auto"
+    """Training rows per batch, or auto: halved when memory runs out. Changes speed and memory, not results."""
+
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of products; float32 is the model's own. Sums are float32 at least."""
+
+    compile: Switch = False
+    """Run the model through torch.compile."""
+
+    offload: Switch = False
+    """Keep activations and factors in the CPU's memory until they are needed."""
 
     overwrite: Switch = False
     """Start again where the run folder holds results of another model, data set or setting."""
@@ -136,18 +178,45 @@ class InverseOptions:
     """Form of the curvature; it must be fitted, except identity, which needs no fit."""
 
     damping: str = "auto"
-    """A number (absolute), auto, relative:0.1 (of each layer's mean eigenvalue) or relative:0.1:model (of the mean over all layers)."""
+    """A number (absolute), auto, calibrated, relative:0.1 (of each layer's mean eigenvalue) or relative:0.1:model (of all layers' mean)."""
+
+    response: str = "inverse"
+    """inverse (a converged model), or unrolled:TIME for a run of finite length, TIME being the sum of its learning rates."""
 
 
 @dataclass(kw_only=True)
 class ScoreOptions:
     """What is scored."""
 
-    query_batch_size: Count = 32
-    """Queries per batch."""
+    query_batch_size: Size = "auto"
+    """Queries per batch, or auto."""
 
     per_layer: Switch = False
     """Keep each layer's part of the scores too."""
+
+    per_token: Switch = False
+    """Keep each training token's part of the scores too."""
+
+    solver: Literal["direct", "cg", "exact"] = "direct"
+    """direct: the fitted curvature's inverse; cg: conjugate gradients from there; exact: the Gauss-Newton matrix itself."""
+
+    query_rank: Count | None = None
+    """Keep each query's preconditioned gradients at this rank: less memory."""
+
+    normalize: Literal["relatif", "cosine"] | None = None
+    """Divide by the training row's own norm (relatif), or by both norms (cosine)."""
+
+    aggregate: Literal["queries", "rows", "both"] | None = None
+    """Sum over queries, training rows or both."""
+
+    query_rows: Numbers | None = None
+    """Queries to score, for example 0,3,7. Default: all."""
+
+    train_rows: Numbers | None = None
+    """Training rows to score. Default: all."""
+
+    name: str | None = None
+    """Folder of these scores within the run folder. Default: the strategy's name."""
 
 
 @dataclass(kw_only=True)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from whence.capture.pair import IDENTITY, Basis
-from whence.errors import ConfigError, NumericalError
+from whence.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,17 +43,21 @@ def share_equal(bases: Mapping[str, Basis]) -> dict[str, Basis]:
 Curvature = Mapping[str, LayerCurvature]
 
 
+Scope = Literal["layer", "model"]
+SCOPES: tuple[Scope, ...] = ("layer", "model")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Damping:
     """Damping as a share of the mean eigenvalue, of each layer (`scope="layer"`) or of the whole model."""
 
     relative: float = 0.1
-    scope: Literal["layer", "model"] = "layer"
+    scope: Scope = "layer"
 
     def __post_init__(self) -> None:
         if not (self.relative > 0 and self.relative < float("inf")):
             raise ConfigError(f"Damping(relative={self.relative!r}): relative must be a positive number, such as 0.1.")
-        if self.scope not in ("layer", "model"):
+        if self.scope not in SCOPES:
             raise ConfigError(f"Damping(scope={self.scope!r}): scope is 'layer' or 'model'.")
 
 
@@ -91,31 +95,3 @@ def layer_damping(curvature: Curvature, damping: float | Damping) -> dict[str, f
         return {name: damping.relative * values.mean().item() for name, values in known.items()}
     total = sum(values.sum().item() for values in known.values())
     return dict.fromkeys(known, damping.relative * total / max(1, sum(values.numel() for values in known.values())))
-
-
-def inverse_weights(curvature: Curvature, damping: float | Damping) -> dict[str, Tensor | None]:
-    """Return `1 / (eigenvalues + damping)` per layer, in float64; None where all weights are one.
-
-    A layer without any curvature (no gradient came to it from the fitted rows) weighs nothing under relative damping.
-
-    Raises:
-        NumericalError: an eigenvalue and the damping are both zero.
-    """
-    amounts = layer_damping(curvature, damping)
-    weights: dict[str, Tensor | None] = {}
-    for name, layer in curvature.items():
-        if layer.eigenvalues is None:
-            weights[name] = None
-            continue
-        values = layer.eigenvalues.double()
-        damped = values + amounts[name]
-        if not values.any() and amounts[name] == 0:
-            weights[name] = torch.zeros_like(values)
-        elif damped.min() <= 0:
-            raise NumericalError(
-                f"layer {name!r}: {int((damped <= 0).sum())} of {damped.numel()} eigenvalues are zero, and damping={amounts[name]} "
-                "leaves them so; their inverse is infinite. Use damping='auto' or a positive number."
-            )
-        else:
-            weights[name] = damped.reciprocal()
-    return weights

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from whence.capture.contract import working_set
-from whence.capture.pair import IDENTITY, Basis, Pair
-from whence.capture.passes import ObjectiveOf, Rows, loss_of, raise_not_finite, run_block, sampled_loss_of
-from whence.capture.recorder import Recorder
-from whence.capture.tracking import TrackedLayer, sum_type
+from whence.capture.pair import IDENTITY, Basis, LayerGradient
+from whence.capture.passes import Rows, finished, loss_of, raise_not_finite, run_block, sampled_loss_of
+from whence.capture.recorder import ObjectiveOf, Recorder
+from whence.capture.tracking import TrackedLayer
 from whence.curvature.basis import LayerCurvature, eigenbasis, share_equal
 from whence.curvature.strategies import get_strategy
 from whence.runtime.progress import Stages
@@ -62,23 +62,31 @@ class Fitter:
 
     def _decomposed(self, layer: TrackedLayer, sums: Sums, *, scaled: bool) -> Sums:
         """Return the layer's eigenvectors and, for `scaled`, its eigenvalues; nothing if no gradient reached it."""
+        kept = self.recorder.sums
+        if f"{layer.name}/moments" in sums:  # no sides: the diagonal is all there is
+            return {"eigenvalues": (sums.pop(f"{layer.name}/moments") / len(self.rows)).to(kept)}
         if f"{layer.name}/count" not in sums:
             return {"eigenvalues": torch.zeros(layer.shape)} if scaled else {}
-        count, device = sums[f"{layer.name}/count"], self.rows.device
+        count = sums[f"{layer.name}/count"]
         # Taken out of the sums, so that a layer's covariances go as its eigenvectors come.
-        values_in, inputs = eigenbasis(sums.pop(f"{layer.name}/inputs").div_(count).to(device))
-        values_out, outputs = eigenbasis(sums.pop(f"{layer.name}/outputs").div_(count).to(device))
-        kept = sum_type(self.recorder.model)
-        tensors = {"inputs": inputs.to("cpu", kept), "outputs": outputs.to("cpu", kept)}
+        values_in, inputs = self._side(sums.pop(f"{layer.name}/inputs").div_(count))
+        values_out, outputs = self._side(sums.pop(f"{layer.name}/outputs").div_(count))
+        tensors = {side: q.to("cpu", kept) for side, q in (("inputs", inputs), ("outputs", outputs)) if q is not None}
         if scaled:
             product = values_out[:, :, None] * values_in[:, None, :]
-            norms = (sums[f"{layer.name}/norms"] / len(self.rows)).to(device)
+            norms = (sums[f"{layer.name}/norms"] / len(self.rows)).to(product.device)
             scale = norms / product.sum((1, 2)).clamp(min=torch.finfo(product.dtype).tiny)
             tensors["eigenvalues"] = (product * scale[:, None, None]).to("cpu", kept)
         return tensors
 
+    def _side(self, covariance: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return eigenvalues and eigenvectors; of a side that has only a diagonal `[group, n]`, that and none."""
+        if covariance.dim() == 2:
+            return covariance.to(self.rows.device), None
+        return eigenbasis(covariance.to(self.rows.device))
+
     def _fit_eigenvalues(self, fitted: dict[str, LayerCurvature]) -> None:
-        kept = sum_type(self.recorder.model)
+        kept = self.recorder.sums
         bases = share_equal({name: layer.basis.to(self.rows.device, kept) for name, layer in fitted.items()})
         consume = partial(_add_moments, bases=bases, budget=working_set(self.rows.device.type))
         with self.stages.stage("Fit eigenvalues"):
@@ -92,7 +100,7 @@ class Fitter:
         if name in self.store.names:
             self.store.remove(name)
 
-    def _accumulate(self, name: str, consume: Callable[[Sums, TrackedLayer, Pair], None], *, stream: int) -> Sums:
+    def _accumulate(self, name: str, consume: Callable[[Sums, TrackedLayer, LayerGradient], None], *, stream: int) -> Sums:
         """Sum over all rows: within a block in the compute type, over blocks in float64 on the CPU."""
         totals = dict(self.store.read(name)) if name in self.store.names else {}
         done = int(totals.pop("blocks done", torch.zeros(())))
@@ -100,16 +108,35 @@ class Fitter:
         with self.stages.track(len(self.rows), f"Fit {name}") as advance:
             advance(sum(len(block) for block in blocks[:done]))
             for number, block in enumerate(blocks[done:], start=done + 1):
-                sums: Sums = {}
-                run_block(self.recorder, self.rows, block, objective, lambda _: partial(consume, sums), advance)  # noqa: B023
-                for key, value in sums.items():
-                    if not torch.isfinite(value).all():
-                        raise_not_finite(self.recorder, self.rows, block, objective, f"Fit {name}")
+                for key, value in self._block_sums(name, consume, block, objective, advance).items():
                     totals[key] = totals[key].add_(value.cpu()) if key in totals else value.double().cpu()
                 if time.monotonic() - saved > CHECKPOINT_SECONDS:
                     self.store.write(name, {**totals, "blocks done": torch.tensor(number)})
                     saved = time.monotonic()
         return totals
+
+    def _block_sums(
+        self,
+        name: str,
+        consume: Callable[[Sums, TrackedLayer, LayerGradient], None],
+        block: range,
+        objective: ObjectiveOf,
+        advance: Callable[[int], None],
+    ) -> Sums:
+        """Sum over one block in the compute type."""
+
+        def compute() -> Sums:
+            sums: Sums = {}
+            run_block(self.recorder, self.rows, block, objective, lambda _: partial(consume, sums), advance)
+            return sums
+
+        return finished(
+            self.recorder,
+            self.rows,
+            compute,
+            lambda sums: all(bool(torch.isfinite(value).all()) for value in sums.values()),
+            lambda: raise_not_finite(self.recorder, self.rows, block, objective, f"Fit {name}"),
+        )
 
     def _objective(self, stream: int) -> ObjectiveOf:
         if self.empirical:
@@ -124,7 +151,7 @@ def load_curvature(store: ShardStore, layers: list[TrackedLayer]) -> dict[str, L
     for number, layer in enumerate(layers):
         shard = f"basis-{number:04d}"
         tensors = store.read(shard) if shard in store.names else {}
-        basis = Basis(inputs=tensors.get("inputs"), outputs=tensors.get("outputs")) if tensors else IDENTITY
+        basis = Basis(inputs=tensors.get("inputs"), outputs=tensors.get("outputs"))
         eigenvalues = moments.get(layer.name, tensors.get("eigenvalues"))
         curvature[layer.name] = LayerCurvature(basis=basis, eigenvalues=eigenvalues)
     return curvature
@@ -146,14 +173,18 @@ def _add(sums: Sums, key: str, value: Tensor) -> None:
         sums[key] = value
 
 
-def _add_covariances(sums: Sums, layer: TrackedLayer, pair: Pair, *, scaled: bool, budget: int) -> None:
-    inputs, outputs, count = pair.covariances()
+def _add_covariances(sums: Sums, layer: TrackedLayer, gradient: LayerGradient, *, scaled: bool, budget: int) -> None:
+    if layer.alone is not None:
+        if scaled:
+            _add(sums, f"{layer.name}/moments", gradient.sum_of_squares(IDENTITY, budget))
+        return
+    inputs, outputs, count = gradient.covariances(layer.sides)
     _add(sums, f"{layer.name}/inputs", inputs)
     _add(sums, f"{layer.name}/outputs", outputs)
     _add(sums, f"{layer.name}/count", count.double())
     if scaled:
-        _add(sums, f"{layer.name}/norms", pair.norms(budget).sum(0))
+        _add(sums, f"{layer.name}/norms", gradient.norms(budget).sum(0))
 
 
-def _add_moments(sums: Sums, layer: TrackedLayer, pair: Pair, *, bases: dict[str, Basis], budget: int) -> None:
-    _add(sums, layer.name, pair.sum_of_squares(bases[layer.name], budget))
+def _add_moments(sums: Sums, layer: TrackedLayer, gradient: LayerGradient, *, bases: dict[str, Basis], budget: int) -> None:
+    _add(sums, layer.name, gradient.sum_of_squares(bases[layer.name], budget))

@@ -2,22 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from whence.capture.pair import Basis
+from whence.capture.pair import IDENTITY, Basis
 from whence.capture.tracking import TrackedLayer
-from whence.curvature.basis import Damping, LayerCurvature, inverse_weights, share_equal
+from whence.curvature.basis import Curvature, LayerCurvature, share_equal
 from whence.curvature.fit import load_curvature
 from whence.curvature.strategies import STRATEGIES, StrategyName
 from whence.errors import NotFittedError
 from whence.storage.shards import ShardStore
 
-Preconditioner = tuple[dict[str, Basis], dict[str, Tensor | None]]
-"""By layer: eigenvectors, and `1 / (eigenvalue + damping)` `[group, out, in]` or None where all weights are one."""
+
+@dataclass(frozen=True, kw_only=True)
+class Preconditioner:
+    """By layer: eigenvectors, and weights `[group, out, in]` or None where all are one.
+
+    `device` is where they are wanted; where they are offloaded they come to it when they are asked for.
+    """
+
+    bases: dict[str, Basis]
+    weights: dict[str, Tensor | None]
+    device: torch.device
+    dtype: torch.dtype
+
+    def basis(self, name: str) -> Basis:
+        """Return a layer's eigenvectors, on the device."""
+        basis = self.bases[name]
+        return basis if basis is IDENTITY else basis.to(self.device, self.dtype)
+
+    def apply(self, name: str, values: Tensor) -> Tensor:
+        """Return `Q w Q^T v` for vectors `[vector, group, out, in]`."""
+        basis, weights = self.basis(name), self.weight(name)
+        rotated = basis.rotate(values)
+        return basis.rotate_back(rotated if weights is None else rotated * weights)
+
+    def weight(self, name: str) -> Tensor | None:
+        """Return a layer's weights, on the device."""
+        weights = self.weights[name]
+        return None if weights is None else weights.to(self.device)
 
 
 def only_strategy(folder: Path) -> StrategyName:
@@ -48,21 +76,24 @@ def open_factors(folder: Path, identity: dict[str, Any]) -> ShardStore:
     return stored
 
 
+def stored_curvature(factors: ShardStore | None, layers: list[TrackedLayer]) -> Curvature:
+    """Read the factors; without any, every layer is left as it is."""
+    return {layer.name: LayerCurvature() for layer in layers} if factors is None else load_curvature(factors, layers)
+
+
 def preconditioner(
-    factors: ShardStore | None,
-    layers: list[TrackedLayer],
-    damping: float | Damping,
+    curvature: Curvature,
+    weights: Mapping[str, Tensor | None],
     *,
     device: torch.device,
     dtype: torch.dtype,
+    offload: bool = False,
 ) -> Preconditioner:
-    """Read the factors and turn them into what scores need; without factors every layer is left as it is."""
-    if factors is None:
-        curvature = {layer.name: LayerCurvature() for layer in layers}
-    else:
-        curvature = load_curvature(factors, layers)
-    weights = inverse_weights(curvature, damping)
-    return (
-        share_equal({name: layer.basis.to(device, dtype) for name, layer in curvature.items()}),
-        {name: None if values is None else values.to(device, dtype) for name, values in weights.items()},
+    """Put eigenvectors and weights where scores need them."""
+    home = torch.device("cpu") if offload else device
+    return Preconditioner(
+        bases=share_equal({name: layer.basis.to(home, dtype) for name, layer in curvature.items()}),
+        weights={name: None if values is None else values.to(home, dtype) for name, values in weights.items()},
+        device=device,
+        dtype=dtype,
     )

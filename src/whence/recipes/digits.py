@@ -7,10 +7,11 @@ Run it: `whence self digits`, or `whence demo` for the whole story as a page.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import NamedTuple
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,8 @@ from torch.nn import functional as F
 
 from whence.errors import ConfigError
 from whence.recipes.base import Recipe
+from whence.runtime.device import one_thread
+from whence.storage.fingerprints import fingerprint_source
 from whence.tasks import Classification
 
 CLASSES = 10
@@ -147,17 +150,6 @@ def _train(network: nn.Module, rows: list[Digit], settings: DigitsSettings) -> N
     network.eval().zero_grad()
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Keep torch to one thread: layers this small only wait for others (measured: 2 s, against 55 s on two busy cores)."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 @torch.no_grad()
 def predict(network: nn.Module, rows: list[Digit]) -> tuple[Tensor, Tensor]:
     """Return the network's reading `[row]`, and the loss `[row]` of each row's given label."""
@@ -195,3 +187,37 @@ def make_recipe(network: nn.Module, data: DigitsData) -> Recipe:
     readings, _ = predict(network, data.test)
     misread = [row for row, reading in zip(data.test, readings.tolist(), strict=True) if reading != row.label]
     return Recipe(name="digits", model=network, task=Classification(), train=data.train, queries=misread, describe=describe)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DigitsRetraining:
+    """The digits as a procedure for `whence.evaluate.retrain`: train on some of the training rows, measure test rows."""
+
+    settings: DigitsSettings = DigitsSettings()
+    """Of the data, and of the training but for its seed."""
+
+    queries: int = 200
+    """How many test rows, from the first, are measured."""
+
+    measurement: Literal["loss", "margin"] = "loss"
+    """As of `whence.tasks.Classification`."""
+
+    @property
+    def key(self) -> str:
+        """Everything the numbers depend on, the source of data, network and training included."""
+        code = [fingerprint_source(function)[:16] for function in (load_data, build_network, _train)]
+        return json.dumps({"recipe": "digits", **asdict(self), "code": code})
+
+    def __call__(self, rows: Sequence[int], seed: int) -> Tensor:
+        """Train a network from fresh weights on these training rows; return the measurements `[query]`."""
+        data = _data(self.settings)
+        network = build_network(seed)
+        train_network(network, [data.train[row] for row in rows], replace(self.settings, seed=seed))
+        with torch.no_grad(), one_thread():
+            return Classification(measurement=self.measurement).measurement(network, stack(data.test[: self.queries]))
+
+
+@cache
+def _data(settings: DigitsSettings) -> DigitsData:
+    # A worker reads the files once, not for every job.
+    return load_data(settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,10 +23,12 @@ class Batch:
     Attributes:
         data: what the collate function made of the rows.
         ids: each row's index in the data set, in the batch's order.
+        single: makes the batch of one row, by its place in this batch; None if the rows are not at hand.
     """
 
     data: Any
     ids: list[int]
+    single: Callable[[int], Batch] | None = None
 
 
 def check_dataset(dataset: Any, what: str) -> int:
@@ -52,6 +55,25 @@ def check_dataset(dataset: Any, what: str) -> int:
     if count == 0:
         raise DataError(f"the {what} data set is empty: it has 0 rows and needs at least 1. Check its path, split and filters.")
     return count
+
+
+def check_rows(rows: Sequence[int] | None, count: int, name: str) -> list[int]:
+    """Return the chosen rows of a data set of `count`; None chooses all.
+
+    Raises:
+        ConfigError: none is chosen, or one is no index of the data set.
+    """
+    if rows is None:
+        return list(range(count))
+    try:
+        chosen = [operator.index(row) for row in rows]
+    except TypeError:
+        raise ConfigError(f"{name} must be whole numbers, the indices of rows; {list(rows)[:5]!r} are not all.") from None
+    wrong = [row for row in chosen if not 0 <= row < count]
+    if wrong or not chosen:
+        problem = f"{wrong[0]} is no row" if wrong else "it names no row"
+        raise ConfigError(f"{name}: {problem} of a data set of {count} rows, numbered 0 to {count - 1}.")
+    return chosen
 
 
 def row_blocks(n: int, block: int) -> list[range]:
@@ -102,6 +124,10 @@ def _batch(dataset: Any, ids: list[int], collate: Callable[[list[Any]], Any], de
             rows.append(dataset[identity])
         except Exception as error:
             raise DataError(f"row {identity} cannot be read: {type(error).__name__}: {error}. Mend or drop the row.") from error
+
+    def join_one(row: Any) -> Any:
+        return collate([row])
+
     try:
         data = collate(rows)
     except Exception as error:
@@ -111,7 +137,7 @@ def _batch(dataset: Any, ids: list[int], collate: Callable[[list[Any]], Any], de
             f"{ids[:_SHOWN_IDS]}{more}: {type(error).__name__}: {error}. "
             "Give rows of one shape and type, or a collate function that pads or converts them."
         ) from error
-    return Batch(to_device(data, device), ids)
+    return Batch(to_device(data, device), ids, lambda place: Batch(to_device(join_one(rows[place]), device), [ids[place]]))
 
 
 def to_device(value: Any, device: torch.device) -> Any:

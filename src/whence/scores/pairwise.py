@@ -3,92 +3,173 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from whence.capture.contract import working_set
-from whence.capture.pair import Basis, Pair
-from whence.capture.passes import Rows, loss_of, measurement_of, raise_not_finite, run_block
+from whence.capture.pair import IDENTITY, Basis, LayerGradient
+from whence.capture.passes import Rows, finished, loss_of, measurement_of, raise_not_finite, run_block
 from whence.capture.recorder import Recorder
-from whence.capture.tracking import TrackedLayer, sum_type
+from whence.capture.tracking import TrackedLayer
+from whence.curvature.stored import Preconditioner
 from whence.runtime.progress import Stages
+from whence.scores.block import Block, own_products
 from whence.scores.blocks import REACHED, missing_blocks, reached, write_blocks
-from whence.scores.matrix import layer_key
-from whence.scores.queries import Resident, make_resident
+from whence.scores.queries import DenseQueries, Plan, Resident
+from whence.scores.request import Request
+from whence.scores.resident import make_resident
 from whence.storage.shards import ShardStore
+
+Residents = dict[str, Resident]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Queries:
+    """All queries: each layer's residents, and the squared norm of each query's gradient under the curvature `[query]`."""
+
+    residents: Mapping[str, Resident]
+    norms: Tensor
+
+
+class Solver(Protocol):
+    """Something better than the fitted curvature's inverse."""
+
+    def solve(self, gradients: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return `(H + d)^-1 g` for the queries' gradients `[query, group, out, in]` of each layer."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pairwise:
-    """Scores `[query, train]`: bases and weights (`1 / (eigenvalue + damping)`) by layer, on the rows' device."""
+    """Scores `[query, train]`. A `solver` takes the queries' plain gradients and gives what the curvature would have made of them."""
 
     recorder: Recorder
-    bases: Mapping[str, Basis]
-    weights: Mapping[str, Tensor | None]
-    per_layer: bool
+    preconditioner: Preconditioner
+    request: Request
     store: ShardStore
     stages: Stages
+    solver: Solver | None = None
+    plain: bool = False
 
     def run(self, queries: Rows, train: Rows) -> None:
         """Write one shard of scores per block of training rows; blocks that are there already are not repeated."""
         if not missing_blocks(self.store, train):
             return
-        with self.stages.stage("Query gradients"):
-            residents = self._precondition(queries, len(train))
+        if self.solver is not None:
+            with self.stages.stage("Query gradients"):
+                gradients = self.plain_gradients(queries, len(train))
+            held = self._dense(self.solver.solve(gradients))
+        else:
+            with self.stages.stage("Query gradients"):
+                held = self.prepare(queries, len(train))
+        self.meet(held, train)
 
-        def compute(block: range, advance: Callable[[int], None]) -> dict[str, Tensor]:
-            return self._block(train, block, len(queries), residents, advance)
+    def meet(self, held: Queries, train: Rows) -> None:
+        """Score training rows for queries that are held already."""
+        self.recorder.with_tokens = self.request.per_token
+        write_blocks(self.store, train, self.stages, "Pairwise scores", partial(self.block, train, held))
 
-        write_blocks(self.store, train, self.stages, "Pairwise scores", compute)
+    def plain_gradients(self, queries: Rows, train: int) -> dict[str, Tensor]:
+        """Return the measurement's gradients `[query, group, out, in]` of each layer that they reach."""
+        held = replace(self, plain=True).prepare(queries, train)
+        return {name: resident.values for name, resident in held.residents.items() if isinstance(resident, DenseQueries)}
 
-    def _precondition(self, queries: Rows, train: int) -> dict[str, Resident]:
-        residents: dict[str, Resident] = {}
-        budget = working_set(queries.device.type)
+    def weighed(self, gradients: Mapping[str, Tensor]) -> Queries:
+        """Hold queries whose plain gradients are given, after preconditioning them."""
+        return self._dense({name: self.preconditioner.apply(name, values) for name, values in gradients.items()})
 
-        def consume(first: int, layer: TrackedLayer, pair: Pair) -> None:
-            name = layer.name
-            if name not in residents:
-                basis, weights = self.bases[name], self.weights[name]
-                residents[name] = make_resident(pair, basis, weights, queries=len(queries), train=train, budget=budget)
-            residents[name].fill(first, pair)
+    def _dense(self, values: Mapping[str, Tensor]) -> Queries:
+        budget, count = working_set(self.recorder.device.type), len(next(iter(values.values())))
+        residents: Residents = {}
+        for name, gradient in values.items():
+            residents[name] = DenseQueries(values=gradient.contiguous(), basis=IDENTITY, weights=None, rotated=False, budget=budget)
+        return Queries(residents=residents, norms=torch.zeros(count, dtype=self.recorder.sums, device=self.recorder.device))
 
+    def prepare(self, queries: Rows, train: int) -> Queries:
+        """Return the preconditioned queries."""
         objective = measurement_of(self.recorder.task)
+
+        def explain() -> None:
+            for block in queries.blocks():
+                raise_not_finite(self.recorder, queries, block, objective, "Query gradients")
+
+        return finished(
+            self.recorder,
+            queries,
+            partial(self._prepare, queries, train),
+            lambda held: all(resident.finite() for resident in held.residents.values()),
+            explain,
+        )
+
+    def _prepare(self, queries: Rows, train: int) -> Queries:
+        request, device = self.request, queries.device
+        plan = Plan(
+            queries=len(queries),
+            train=train,
+            budget=working_set(device.type),
+            rank=request.query_rank,
+            summed=request.sums_queries,
+            dense=self.plain,
+        )
+        residents: Residents = {}
+        norms = torch.zeros(len(queries), dtype=self.recorder.sums, device=device)
+
+        def consume(first: int, layer: TrackedLayer, gradient: LayerGradient) -> None:
+            name = layer.name
+            basis, weights = self._curvature(name)
+            if request.normalize == "cosine":
+                products = own_products(gradient, basis, weights, plan.budget)
+                norms[first : first + len(products)] += products
+            if request.sums_queries:
+                first, gradient = 0, gradient.merged()
+            if name not in residents:
+                residents[name] = make_resident(gradient, basis, weights, plan)
+            residents[name].fill(first, gradient)
+
         with self.stages.track(len(queries), "Query gradients") as advance:
             for block in queries.blocks():
+                objective = measurement_of(self.recorder.task)
                 run_block(self.recorder, queries, block, objective, lambda place: partial(consume, place), advance, first=block.start)
-        for name, resident in residents.items():
-            if not all(torch.isfinite(t).all() for t in vars(resident).values() if isinstance(t, Tensor)):
-                for block in queries.blocks():
-                    raise_not_finite(self.recorder, queries, block, objective, f"Query gradients of layer {name!r}")
-        return residents
+        for resident in residents.values():
+            resident.ready()
+        return Queries(residents=residents, norms=norms)
 
-    def _block(
-        self, train: Rows, block: range, queries: int, residents: Mapping[str, Resident], advance: Callable[[int], None]
-    ) -> dict[str, Tensor]:
-        kept = sum_type(self.recorder.model)
-        layers = self.recorder.taken if self.per_layer else []
-        keys = {layer.name: layer_key(number, layer.name) for number, layer in enumerate(layers)}
-        empty = torch.zeros(len(block), queries, dtype=kept, device=train.device)
-        outputs = {key: empty.clone() for key in ("total", *keys.values())}
+    def _curvature(self, name: str) -> tuple[Basis, Tensor | None]:
+        if self.plain:
+            return IDENTITY, None
+        return self.preconditioner.basis(name), self.preconditioner.weight(name)
 
-        touched: set[str] = set()
+    def block(self, train: Rows, held: Queries, block: range, advance: Callable[[int], None]) -> dict[str, Tensor]:
+        """Return the tensors of one block's shard."""
+        objective = loss_of(self.recorder.task)
+        return finished(
+            self.recorder,
+            train,
+            partial(self._block, train, held, block, advance),
+            lambda shard: all(bool(torch.isfinite(values).all()) for values in shard.values()),
+            lambda: raise_not_finite(self.recorder, train, block, objective, "Pairwise scores"),
+        )
 
-        def consume(first: int, layer: TrackedLayer, pair: Pair) -> None:
+    def _block(self, train: Rows, held: Queries, block: range, advance: Callable[[int], None]) -> dict[str, Tensor]:
+        request, budget, touched = self.request, working_set(train.device.type), set[str]()
+        layers = [layer.name for layer in self.recorder.taken] if request.per_layer else []
+        kept = 1 if request.sums_queries else len(held.norms)
+        sums = Block(rows=len(block), queries=kept, request=request, layers=layers, device=train.device, dtype=self.recorder.sums)
+
+        def consume(first: int, layer: TrackedLayer, gradient: LayerGradient) -> None:
             touched.add(layer.name)
-            if layer.name not in residents:  # no query reached this layer
-                return
-            scores = residents[layer.name].scores(pair)
-            outputs["total"][first : first + len(scores)] += scores
-            if self.per_layer:
-                outputs[keys[layer.name]][first : first + len(scores)] = scores
+            name = layer.name
+            if request.normalize is not None:
+                basis, weights = self.preconditioner.basis(name), self.preconditioner.weight(name)
+                sums.add_norms(first, own_products(gradient, basis, weights, budget))
+            if name in held.residents:  # else no query reached this layer
+                sums.add(first, name, held.residents[name], gradient)
 
         objective = loss_of(self.recorder.task)
         run_block(self.recorder, train, block, objective, lambda place: partial(consume, place), advance)
-        if not torch.isfinite(outputs["total"]).all():
-            raise_not_finite(self.recorder, train, block, objective, "Pairwise scores")
-        # [query, train], as everywhere outside.
-        shard = {name: values.mT.contiguous().cpu() for name, values in outputs.items()}
+        shard = sums.shard(held.norms)
         return {**shard, REACHED: reached(self.recorder.layers, touched)}

@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from whence.capture import contract
-from whence.capture.pair import IDENTITY, Basis, Pair
+from whence.capture.pair import IDENTITY, Basis, LayerGradient, Pair
+from whence.capture.sparse import SparsePair
 
 
 class Resident(Protocol):
     """One layer's queries."""
 
-    def fill(self, first: int, pair: Pair) -> None:
-        """Take in the (a, g) of the measurement of queries `first`, `first + 1`, ..."""
+    def fill(self, first: int, gradient: LayerGradient) -> None:
+        """Add the measurement's gradients of queries `first`, `first + 1`, ..."""
         ...
 
-    def scores(self, pair: Pair) -> Tensor:
+    def ready(self) -> None:
+        """Be told that all queries are in."""
+        ...
+
+    def scores(self, gradient: LayerGradient) -> Tensor:
         """Return the products with a training batch, `[example, query]`."""
+        ...
+
+    def position_scores(self, gradient: Pair | SparsePair) -> Tensor:
+        """Return the products with every position of a training batch, `[example, position, query]`."""
+        ...
+
+    def finite(self) -> bool:
+        """Whether no number is NaN or infinite."""
         ...
 
 
@@ -35,100 +47,101 @@ class DenseQueries:
     rotated: bool
     budget: int
 
-    def fill(self, first: int, pair: Pair) -> None:
+    def fill(self, first: int, gradient: LayerGradient) -> None:
         """Rotate the gradients, weigh them and, unless they stay rotated, rotate them back."""
-        for rows, gradient in pair.gradients(self.basis, self.budget):
+        for rows, part in gradient.gradients(self.basis, self.budget):
             if self.weights is not None:
-                gradient *= self.weights
-            gradient = gradient if self.rotated else self.basis.rotate_back(gradient)
+                part *= self.weights
+            part = part if self.rotated else self.basis.rotate_back(part)
             start = first + (rows.start or 0)
-            self.values[start : start + len(gradient)] = gradient
+            self.values[start : start + len(part)] += part
 
-    def scores(self, pair: Pair) -> Tensor:
+    def ready(self) -> None:
+        """Nothing is left to do."""
+
+    def finite(self) -> bool:
+        """Whether no number is NaN or infinite."""
+        return bool(torch.isfinite(self.values).all())
+
+    def scores(self, gradient: LayerGradient) -> Tensor:
         """Choose by cost between products with formed gradients and products of the inputs with the queries."""
-        if pair.transform is not None:
-            gradient = pair.formed()
-            gradient = self.basis.rotate(gradient) if self.rotated else gradient
-            return gradient.flatten(1) @ self.values.flatten(1).mT
-        pair = pair.live()
+        if not isinstance(gradient, Pair):
+            basis = self.basis if self.rotated else IDENTITY
+            parts = [part.flatten(1) @ self.values.flatten(1).mT for _, part in gradient.gradients(basis, self.budget)]
+            return torch.cat(parts)
+        pair = gradient.live()
         pair = pair.rotated(self.basis) if self.rotated else pair
         choice = contract.pairwise(pair.sizes, len(self.values), self.budget)
         a = pair.inputs()
-        return self._factored(a, pair.g, choice.chunk) if choice.order == "factor" else self._formed(a, pair.g, choice.chunk)
+        if choice.order == "factor":
+            return factored(a, pair.g, self.values, choice.chunk)
+        return formed(a, pair.g, choice.chunk, lambda group, rows: self.values[:, group, rows].flatten(1), len(self.values))
 
-    def _formed(self, a: Tensor, g: Tensor, chunk: int) -> Tensor:
-        """Form gradients a few rows of the weight at a time and multiply them while they are in the cache."""
-        examples, groups, _, outputs = g.shape
-        total = g.new_zeros(examples, len(self.values))
-        for group in range(groups):
-            for start in range(0, outputs, chunk):
-                rows = slice(start, start + chunk)
-                gradient = g[:, group, :, rows].mT @ a[:, group]
-                total.addmm_(gradient.flatten(1), self.values[:, group, rows].flatten(1).mT)
-        return total
-
-    def _factored(self, a: Tensor, g: Tensor, chunk: int) -> Tensor:
-        """One position: `g^T (P a)` for `chunk` queries at a time."""
-        parts = []
-        for start in range(0, len(self.values), chunk):
-            values = self.values[start : start + chunk]
-            # [group, example, in] x [group, in, query * out] -> [group, example, query, out]
-            products = a[:, :, 0].transpose(0, 1) @ values.transpose(0, 1).flatten(1, 2).mT
-            products = products.unflatten(-1, (len(values), -1))
-            parts.append(torch.einsum("geqo,ego->eq", products, g[:, :, 0]))
-        return torch.cat(parts, dim=1)
-
-
-@dataclass(kw_only=True)
-class PairQueries:
-    """Queries without preconditioning, held as pairs: fewer numbers than a gradient when positions are few."""
-
-    a: Tensor
-    g: Tensor
-
-    @classmethod
-    def empty(cls, queries: int, pair: Pair) -> PairQueries:
-        """Make room for queries like those of `pair`."""
-        a = pair.inputs()
-        return cls(a=a.new_zeros(queries, *a.shape[1:]), g=pair.g.new_zeros(queries, *pair.g.shape[1:]))
-
-    def fill(self, first: int, pair: Pair) -> None:
-        """Keep the pair; positions are filled up with zeros to the longest query's."""
-        pair = pair.live()
+    def position_scores(self, gradient: Pair | SparsePair) -> Tensor:
+        """`g_t^T P a_t` for every position t."""
+        assert isinstance(gradient, Pair), "an embedding's queries are sparse"
+        pair = gradient.rotated(self.basis) if self.rotated else gradient
         a, g = pair.inputs(), pair.g
-        missing = a.shape[2] - self.a.shape[2]
-        if missing > 0:
-            self.a, self.g = F.pad(self.a, (0, 0, 0, missing)), F.pad(self.g, (0, 0, 0, missing))
-        self.a[first : first + len(a), :, : a.shape[2]] = a
-        self.g[first : first + len(g), :, : g.shape[2]] = g
+        columns = []
+        for values in self.values:
+            columns.append((torch.einsum("egti,goi->egto", a, values) * g).sum((1, 3)))
+        return torch.stack(columns, dim=-1)
 
-    def scores(self, pair: Pair) -> Tensor:
-        """Gram form: sum over both sides' positions of `(a . a')(g . g')`."""
-        pair = pair.live()
-        total = pair.g.new_zeros(len(pair.g), len(self.g))
-        inputs = pair.inputs()
-        for group in range(pair.g.shape[1]):
-            products = _products(inputs[:, group], self.a[:, group]) * _products(pair.g[:, group], self.g[:, group])
-            total += products.sum((1, 3))
+
+class _Rows(Protocol):
+    def __call__(self, groups: slice | int, rows: slice, /) -> Tensor: ...
+
+
+def formed(a: Tensor, g: Tensor, chunk: int, queries_of: _Rows, queries: int) -> Tensor:
+    """Form gradients a few rows of the weight at a time and multiply them while they are in the cache.
+
+    `queries_of(group or groups, rows)` returns those rows of all queries, `[query, flattened]`.
+    """
+    examples, groups, _, outputs = g.shape
+    total = g.new_zeros(examples, queries)
+    if groups > 1 and chunk >= outputs:  # many small groups: several at a time
+        several = chunk // outputs
+        for start in range(0, groups, several):
+            part = slice(start, start + several)
+            gradient = Pair(a=a[:, part], g=g[:, part], bias=False).formed()
+            total.addmm_(gradient.flatten(1), queries_of(part, slice(None)).mT)
         return total
+    for group in range(groups):
+        for start in range(0, outputs, chunk):
+            rows = slice(start, start + chunk)
+            gradient = g[:, group, :, rows].mT @ a[:, group]
+            total.addmm_(gradient.flatten(1), queries_of(group, rows).mT)
+    return total
 
 
-def _products(train: Tensor, query: Tensor) -> Tensor:
-    """`[example, position, f]` x `[query, position', f]` -> `[example, position, query, position']`."""
-    flat = train.flatten(0, 1) @ query.flatten(0, 1).mT
-    return flat.view(*train.shape[:2], *query.shape[:2])
+def factored(a: Tensor, g: Tensor, values: Tensor, chunk: int) -> Tensor:
+    """One position: `g^T (P a)` for `chunk` queries at a time."""
+    parts = []
+    for start in range(0, len(values), chunk):
+        some = values[start : start + chunk]
+        # [group, example, in] x [group, in, query * out] -> [group, example, query, out]
+        products = a[:, :, 0].transpose(0, 1) @ some.transpose(0, 1).flatten(1, 2).mT
+        products = products.unflatten(-1, (len(some), -1))
+        parts.append(torch.einsum("geqo,ego->eq", products, g[:, :, 0]))
+    return torch.cat(parts, dim=1)
 
 
-def make_resident(pair: Pair, basis: Basis, weights: Tensor | None, *, queries: int, train: int, budget: int) -> Resident:
-    """Choose how to hold one layer's queries, by the sizes of the first query batch and the number of training rows."""
-    pair = pair.live()
-    sizes = pair.sizes
-    if weights is None and pair.transform is None and contract.keep_pairs(sizes, IDENTITY.sides):
-        return PairQueries.empty(queries, pair)
-    return DenseQueries(
-        values=pair.g.new_zeros(queries, sizes.groups, sizes.outputs, sizes.inputs),
-        basis=basis,
-        weights=weights,
-        rotated=contract.stay_rotated(replace(sizes, examples=train), basis.sides, queries),
-        budget=budget,
-    )
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is known before the first query: how many there are, over how many training rows, and what is asked.
+
+    `rank`: keep each query's gradient at that rank; `summed`: add all queries into one; `dense`: keep whole gradients in
+    the parameters' own basis, for a solver.
+    """
+
+    queries: int
+    train: int
+    budget: int
+    rank: int | None = None
+    summed: bool = False
+    dense: bool = False
+
+    @property
+    def kept(self) -> int:
+        """Queries that are held."""
+        return 1 if self.summed else self.queries

@@ -1,29 +1,35 @@
 """Self-influence: how strongly an example's own training changed its loss; mislabelled rows stand out.
 
 `self_influence[t] = <grad loss_t, (H + damping)^-1 grad loss_t>`, the diagonal of the pairwise scores when the
-measurement is the loss. Never rotated back: the sum of squared rotated gradients over `eigenvalue + damping`.
+measurement is the loss. Never rotated back: the sum of squared rotated gradients over `eigenvalue + damping`. On another
+measurement it is `<grad measurement_t, (H + damping)^-1 grad loss_t>`, which may be negative.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import pyarrow as pa
 import torch
 from torch import Tensor
 
 from whence.capture.contract import working_set
-from whence.capture.pair import Basis, Pair
-from whence.capture.passes import Rows, loss_of, raise_not_finite, run_block
+from whence.capture.pair import Basis, LayerGradient, Pair
+from whence.capture.passes import Rows, finished, loss_of, measurement_of, raise_not_finite
 from whence.capture.recorder import Recorder
-from whence.capture.tracking import TrackedLayer, sum_type
+from whence.capture.tracking import TrackedLayer
+from whence.curvature.stored import Preconditioner
 from whence.runtime.progress import Stages
+from whence.scores.block import own_products
 from whence.scores.blocks import REACHED, missing_blocks, reached, write_blocks
 from whence.storage.run import write_table_atomic
 from whence.storage.shards import ShardStore
+
+On = Literal["loss", "measurement"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +37,8 @@ class SelfInfluence:
     """Self-influence of rows, one shard per block."""
 
     recorder: Recorder
-    bases: Mapping[str, Basis]
-    weights: Mapping[str, Tensor | None]
+    preconditioner: Preconditioner
+    on: On
     store: ShardStore
     stages: Stages
 
@@ -42,26 +48,53 @@ class SelfInfluence:
             write_blocks(self.store, train, self.stages, "Self-influence", partial(self._block, train))
 
     def _block(self, train: Rows, block: range, advance: Callable[[int], None]) -> dict[str, Tensor]:
-        kept = sum_type(self.recorder.model)
-        total = torch.zeros(len(block), dtype=kept, device=train.device)
-        budget = working_set(train.device.type)
+        return finished(
+            self.recorder,
+            train,
+            partial(self._scores, train, block, advance),
+            lambda shard: bool(torch.isfinite(shard["total"]).all()),
+            lambda: raise_not_finite(self.recorder, train, block, loss_of(self.recorder.task), "Self-influence"),
+        )
 
-        touched: set[str] = set()
+    def _scores(self, train: Rows, block: range, advance: Callable[[int], None]) -> dict[str, Tensor]:
+        total = torch.zeros(len(block), dtype=self.recorder.sums, device=train.device)
+        budget, touched, task = working_set(train.device.type), set[str](), self.recorder.task
+        held: dict[str, LayerGradient] = {}
 
-        def consume(first: int, layer: TrackedLayer, pair: Pair) -> None:
+        def hold(layer: TrackedLayer, gradient: LayerGradient) -> None:
+            held[layer.name] = replace(gradient, shared=None) if isinstance(gradient, Pair) else gradient
+
+        def consume(first: int, layer: TrackedLayer, gradient: LayerGradient) -> None:
             touched.add(layer.name)
-            weights = self.weights[layer.name]
-            if weights is None:
-                scores = pair.norms(budget).sum(1)
+            basis, weights = self.preconditioner.basis(layer.name), self.preconditioner.weight(layer.name)
+            if self.on == "loss":
+                scores = own_products(gradient, basis, weights, budget)
+            elif layer.name in held:
+                scores = products(held.pop(layer.name), gradient, basis, weights, budget)
             else:
-                scores = pair.weighted_squares(self.bases[layer.name], weights, budget)
+                return
             total[first : first + len(scores)] += scores
 
-        objective = loss_of(self.recorder.task)
-        run_block(self.recorder, train, block, objective, lambda place: partial(consume, place), advance)
-        if not torch.isfinite(total).all():
-            raise_not_finite(self.recorder, train, block, objective, "Self-influence")
+        first = 0
+        for batch in train.batches(block):
+            held.clear()
+            if self.on == "measurement":
+                self.recorder.run(batch, measurement_of(task), hold)
+            self.recorder.run(batch, loss_of(task), partial(consume, first))
+            first += len(batch.ids)
+            advance(len(batch.ids))
         return {"total": total.cpu(), REACHED: reached(self.recorder.layers, touched)}
+
+
+def products(one: LayerGradient, other: LayerGradient, basis: Basis, weights: Tensor | None, budget: int) -> Tensor:
+    """Return `<one_t, weights * other_t>` in a basis for every example t, `[example]`."""
+    sizes, parts = other.sizes, []
+    chunk = max(1, budget // (2 * sizes.weights * sizes.itemsize))
+    for start in range(0, sizes.examples, chunk):
+        rows = slice(start, start + chunk)
+        left, right = (torch.cat([part for _, part in g.take(rows).gradients(basis, budget)]) for g in (one, other))
+        parts.append((left * right if weights is None else left * right * weights).sum((1, 2, 3)))
+    return torch.cat(parts)
 
 
 def to_parquet(path: str | Path, scores: Tensor) -> None:

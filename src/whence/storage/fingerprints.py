@@ -112,6 +112,11 @@ def fingerprint_model(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def fingerprint_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Return 64 hex digits over named tensors."""
+    return hashlib.sha256(_encoded(dict(tensors))).hexdigest()
+
+
 def fingerprint_rows(dataset: Any, *, inspect: Callable[[int, Any], None] | None = None) -> str:
     """Return 64 hex digits over the content of every row, in order.
 

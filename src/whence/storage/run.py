@@ -28,7 +28,7 @@ from filelock import FileLock, Timeout
 from pyarrow import parquet
 
 from whence.errors import StorageError
-from whence.storage.fingerprints import fingerprint_model, fingerprint_rows, fingerprint_source
+from whence.storage.fingerprints import fingerprint_model, fingerprint_rows, fingerprint_source, fingerprint_tensors
 
 __all__ = [
     "RunFolder",
@@ -36,6 +36,7 @@ __all__ = [
     "fingerprint_model",
     "fingerprint_rows",
     "fingerprint_source",
+    "fingerprint_tensors",
     "sha256_file",
     "write_bytes_atomic",
     "write_json_atomic",
@@ -109,6 +110,20 @@ def write_json_atomic(path: Path, obj: Any) -> None:
         StorageError: the file cannot be written.
     """
     write_bytes_atomic(path, (json.dumps(obj, indent=1) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Return the JSON value in a file.
+
+    Raises:
+        StorageError: the file cannot be read, or is no JSON.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error.strerror or error}. Check its permissions.") from error
+    except ValueError as error:
+        raise StorageError(f"{path} is not valid JSON: {error}. Delete it and run the command that makes it again.") from error
 
 
 def sha256_file(path: Path) -> str:
