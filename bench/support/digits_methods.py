@@ -135,8 +135,8 @@ METHODS: dict[str, Method] = {
     "ekfac, 0.1 of the model's mean, 5 models": partial(
         average, method=partial(ours, strategy="ekfac", damping=Damping(relative=0.1, scope="model"))
     ),
-    **{f"exact, {relative:g} of the model's mean": partial(exact, relative=relative) for relative in (1.0, 30.0, 100.0)},
-    "cg, 10 steps, 30 of the model's mean": partial(cg, relative=30.0, iterations=10),
+    "exact, 30 times the model's mean": partial(exact, relative=30.0),
+    **{f"cg, {steps} steps, 30 times the model's mean": partial(cg, relative=30.0, iterations=steps) for steps in (3, 10)},
     **{f"ekfac, unrolled, time {time:g}": partial(unrolled, time=time) for time in (1.0, 10.0, 100.0, 1000.0)},
     "ekfac, unrolled over 4 segments": partial(along_the_run, adam=False),
     "ekfac, unrolled over 4 segments, Adam": partial(along_the_run, adam=True),

@@ -134,7 +134,7 @@ class Refinement:
         gram = torch.eye(count, dtype=torch.float64, device=self.train.device)
         right: Tensor | float = 0.0
         for name, u in columns.items():
-            gram += (u @ u.mT).double() / damping[name]
+            _add_gram(gram, u, 1 / damping[name])
             if name in gradients:
                 right = right + (u @ gradients[name].flatten(1).mT).double() / damping[name]
         assert isinstance(right, Tensor), "no query reaches any layer"
@@ -182,6 +182,19 @@ class Refinement:
 
     def _preconditioned(self, vectors: Mapping[str, Tensor]) -> Vectors:
         return {name: self.preconditioner.apply(name, values) for name, values in vectors.items()}
+
+
+GRAM_BLOCK = 2048
+"""Rows of a Gram matrix at a time."""
+
+
+def _add_gram(gram: Tensor, u: Tensor, factor: float) -> None:
+    """Add `factor * u u^T`, whose upper blocks are the lower ones turned."""
+    for start in range(0, len(u), GRAM_BLOCK):
+        rows = slice(start, start + GRAM_BLOCK)
+        block = (u[rows] @ u[: start + GRAM_BLOCK].mT).double().mul_(factor)
+        gram[rows, : start + GRAM_BLOCK] += block
+        gram[:start, rows] += block[:, :start].mT
 
 
 def _dots(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Tensor:
