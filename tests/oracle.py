@@ -1,45 +1,56 @@
 """The slow oracle: one example at a time through autograd, explicit matrices, float64.
 
 It is written from the definitions alone and shares no code with the engine: per-example gradients are autograd's own
-gradients of the parameters, a layer's inputs and output gradients come from plain hooks in a run with a batch of one,
-patches of a convolution from loops over its positions, and preconditioning from solving with the dense matrix.
-
-Layout: G `[group, out, in]` with the bias as the last column; positions `a [position, group, in]`, `g [position, group, out]`.
+gradients of the parameters, a layer's inputs and output gradients come from plain hooks in a run with a batch of one
+(what a layer's name means, and what its positions are: `oracle_layers.py`), and preconditioning from solving with the
+dense matrix. Options of the scores are in `oracle_options.py`.
 """
 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from compare import assert_close  # noqa: F401  (used as oracle.assert_close)
+import oracle_layers
+from compare import assert_close
+from oracle_layers import Layer, as_trained_matrix, layer_of, trained
 
 Objective = Callable[[nn.Module, Any, int], Tensor]
+Call = tuple[Tensor, Tensor]
+WIDEST = 16384
 
 
 @dataclass
 class Uses:
-    """Every position at which an example met a layer, over all uses of the layer; `real` is False where padded."""
+    """Every position at which an example met a layer, over all uses of the layer.
+
+    `real` is False where padded; `token` is the position on the example's token axis, -1 for uses that are not on it.
+    """
 
     a: Tensor
     g: Tensor
     real: Tensor
+    token: Tensor
 
 
 @dataclass
 class Example:
-    """One example: its gradient and its positions, by layer. A layer without positions is absent from `uses`."""
+    """One example: its gradient and its positions, by layer. A layer without positions is absent from `uses`.
+
+    `tokens` counts the example's tokens; `layers` says what each name stands for.
+    """
 
     gradient: dict[str, Tensor]
     uses: dict[str, Uses]
+    tokens: int | None = None
+    layers: dict[str, Layer] = field(default_factory=dict)
 
 
 @dataclass
@@ -52,161 +63,117 @@ class Curvature:
 
     def dense(self, group: int) -> Tensor:
         """Return the group's curvature `[out * in, out * in]` in the order of `G.flatten()`."""
-        basis = torch.kron(self.basis_out[group], self.basis_in[group])
+        basis = torch.kron(self.basis_out[group].contiguous(), self.basis_in[group].contiguous())
         return basis @ torch.diag(self.eigenvalues[group].flatten()) @ basis.T
-
-
-# ---------------------------------------------------------------------------------------------- layers
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Tell whether this is Hugging Face's Conv1D, a linear layer with its weight transposed."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
-
-
-def same_parameters(model: nn.Module, name: str) -> list[nn.Module]:
-    """Return every module that uses the named layer's weight, itself included: they are one layer."""
-    weight = model.get_submodule(name).weight
-    return [module for module in model.modules() if getattr(module, "weight", None) is weight]
-
-
-def as_matrix(module: nn.Module, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Arrange gradients of weight and bias as `[group, out, in]`."""
-    if isinstance(module, nn.Conv2d):
-        matrix = weight.reshape(module.groups, weight.shape[0] // module.groups, -1)
-    elif is_conv1d(module):
-        matrix = weight.T[None]
-    else:
-        matrix = weight[None]
-    if bias is None:
-        return matrix
-    return torch.cat([matrix, bias.reshape(matrix.shape[0], -1, 1)], dim=2)
-
-
-def trained(module: nn.Module) -> list[nn.Parameter]:
-    """Return what is trained of weight and bias, in this order."""
-    return [p for p in (module.weight, module.bias) if p is not None and p.requires_grad]
-
-
-def as_trained_matrix(module: nn.Module, values: Iterable[Tensor | None]) -> Tensor:
-    """Arrange one tensor (None: zero) for each trained parameter as `[group, out, in]`, without columns for what is frozen."""
-    rest = iter(values)
-    pair = [None if p is None else filled(next(rest) if p.requires_grad else None, p) for p in (module.weight, module.bias)]
-    return as_matrix(module, *pair)[..., columns(module)].detach()
-
-
-def columns(module: nn.Module) -> Tensor:
-    """Mark the columns of `[group, out, in]` that belong to trained parameters."""
-    whole = as_matrix(module, torch.full_like(module.weight, float(module.weight.requires_grad)), None)[0, 0]
-    if module.bias is not None:
-        whole = torch.cat([whole, whole.new_tensor([float(module.bias.requires_grad)])])
-    return whole.detach() > 0
-
-
-def positions(module: nn.Module, inputs: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """Return `a [position, group, in]` and `g [position, group, out]` of one use, every example's positions in a row."""
-    if isinstance(module, nn.Conv2d):
-        a, g = conv_positions(module, inputs, gradient)
-    else:
-        a, g = inputs.reshape(-1, 1, inputs.shape[-1]), gradient.reshape(-1, 1, gradient.shape[-1])
-    if module.bias is not None:
-        a = torch.cat([a, torch.ones_like(a[..., :1])], dim=-1)
-    return a[..., columns(module)], g
-
-
-def conv_positions(conv: nn.Conv2d, inputs: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """Cut the padded image into one patch for each output pixel, one at a time."""
-    image = F.pad(inputs, padding_of(conv), mode="constant" if conv.padding_mode == "zeros" else conv.padding_mode)
-    (high, wide), (down, right), (apart_y, apart_x) = conv.kernel_size, conv.stride, conv.dilation
-    a, g = [], []
-    for row in range(gradient.shape[0]):
-        for y in range(gradient.shape[2]):
-            for x in range(gradient.shape[3]):
-                top, left = y * down, x * right
-                rows = slice(top, top + apart_y * (high - 1) + 1, apart_y)
-                columns = slice(left, left + apart_x * (wide - 1) + 1, apart_x)
-                a.append(image[row, :, rows, columns].reshape(conv.groups, -1))
-                g.append(gradient[row, :, y, x].reshape(conv.groups, -1))
-    return torch.stack(a), torch.stack(g)
-
-
-def padding_of(conv: nn.Conv2d) -> tuple[int, int, int, int]:
-    """Return what is added to an image on the left, right, top and bottom."""
-    if conv.padding == "valid":
-        return 0, 0, 0, 0
-    if conv.padding == "same":
-        total_y, total_x = (apart * (size - 1) for apart, size in zip(conv.dilation, conv.kernel_size, strict=True))
-        return total_x // 2, total_x - total_x // 2, total_y // 2, total_y - total_y // 2
-    return conv.padding[1], conv.padding[1], conv.padding[0], conv.padding[0]
 
 
 # ---------------------------------------------------------------------------------------------- one example
 
 
+def copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
 @contextmanager
-def recorded(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, list[tuple[nn.Module, Tensor, Tensor]]]]:
-    """Record (module, input, output) of every call. The model goes on with copies, so in-place operations touch no record."""
-    calls: dict[str, list[tuple[nn.Module, Tensor, Tensor]]] = {name: [] for name in names}
-    handles = []
+def recorded(model: nn.Module, layers: Mapping[str, Layer]) -> Iterator[dict[tuple[int, str], list[Call]]]:
+    """Record (input, output) of every call by (module, part). The model goes on with copies, so in-place operations touch no record."""
+    sources = {(id(source.module), source.part): source.module for layer in layers.values() for source in layer.sources}
+    calls: dict[tuple[int, str], list[Call]] = {key: [] for key in sources}
+    handles, replaced = [], []
 
     def copy_inputs(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        return tuple(value.clone() for value in args), {key: value.clone() for key, value in kwargs.items()}
+        return tuple(map(copied, args)), {key: copied(value) for key, value in kwargs.items()}
 
-    def recorder(name: str) -> Callable:
-        def record(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
-            calls[name].append((module, [*args, *kwargs.values()][0], output))
+    def recorder(key: tuple[int, str]) -> Callable:
+        def record(_: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
+            calls[key].append(([*args, *kwargs.values()][0], output))
             return output.clone()
 
         return record
 
     try:
-        for name in names:
-            for module in same_parameters(model, name):
+        for key, module in sources.items():
+            if not key[1]:
                 handles.append(module.register_forward_pre_hook(copy_inputs, with_kwargs=True))
                 # First of all hooks: what the layer computes is meant, not what its owner's hooks make of it.
-                handles.append(module.register_forward_hook(recorder(name), with_kwargs=True, prepend=True))
+                handles.append(module.register_forward_hook(recorder(key), with_kwargs=True, prepend=True))
+            elif module not in replaced:
+                replaced.append(module)
+                module.forward = partial(attend, module, calls)
         yield calls
     finally:
         for handle in handles:
             handle.remove()
+        for module in replaced:
+            del module.forward
+
+
+def attend(
+    attention: nn.MultiheadAttention, calls: dict, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Attend step by step, recording the four projections, and compare with what torch gives."""
+    names = ("key_padding_mask", "need_weights", "attn_mask", "average_attn_weights", "is_causal")
+    options = dict(zip(names, args, strict=False)) | kwargs
+
+    def project(part: str, x: Tensor) -> Tensor:
+        x = x.clone()
+        output = oracle_layers.projected(attention, part, x)
+        calls.setdefault((id(attention), part), []).append((x, output))
+        return output.clone()
+
+    output, weights = oracle_layers.by_hand(attention, project, query, key, value, **options)
+    with torch.no_grad():
+        wanted, wanted_weights = nn.MultiheadAttention.forward(attention, query, key, value, **options)
+    assert_close(output, wanted, "attention by hand against torch", rtol=1e-11, atol_of_largest=1e-12)
+    if wanted_weights is None:
+        return output, None
+    return output, weights.mean(1) if options.get("average_attn_weights", True) else weights
 
 
 def run_one(model: nn.Module, names: Sequence[str], task: Any, batch: Any, objective: Callable[[nn.Module, Any], Tensor]) -> Example:
     """Return gradient and positions of the single example in `batch`."""
-    with recorded(model, names) as calls:
+    layers = {name: layer_of(model, name) for name in names}
+    with recorded(model, layers) as recorded_calls:
         value = objective(model, batch)
-    assert value.shape == (1,), f"a batch of one must give one number, not {tuple(value.shape)}"
-    # Calls made while gradient checkpointing repeats the forward are not wanted: the loss hangs on the first ones.
-    calls = {name: [call for call in made if call[2].requires_grad] for name, made in calls.items()}
-    layers = [model.get_submodule(name) for name in names]
-    wanted: list[Tensor] = [p for layer in layers for p in trained(layer)]
-    wanted += [output for made in calls.values() for _, _, output in made]
-    found = iter(torch.autograd.grad(value.sum(), wanted, allow_unused=True))
+        assert value.shape == (1,), f"a batch of one must give one number, not {tuple(value.shape)}"
+        # Calls made while gradient checkpointing repeats the forward are not wanted: the loss hangs on the first ones.
+        calls = {key: [call for call in made if call[1].requires_grad] for key, made in recorded_calls.items()}
+        wanted: list[Tensor] = [p for layer in layers.values() for p in trained(layer)]
+        wanted += [output for made in calls.values() for _, output in made]
+        found = iter(torch.autograd.grad(value.sum(), wanted, allow_unused=True))
     gradient = {}
-    for name, layer in zip(names, layers, strict=True):
+    for name, layer in layers.items():
         matrix = as_trained_matrix(layer, [next(found) for _ in trained(layer)])
         gradient[name] = task.transform_gradient(name, matrix[None])[0]
+    slopes = {key: [(inputs.detach(), next(found)) for inputs, _ in made] for key, made in calls.items()}
+    tokens = token_count(task, batch)
     uses = {}
-    for name, made in calls.items():
-        parts = [(module, inputs.detach(), next(found)) for module, inputs, _ in made]
-        parts = [part for part in parts if part[2] is not None]
+    for name, layer in layers.items():
+        parts = [
+            source.positions(inputs, slope)
+            for source in layer.sources
+            for inputs, slope in slopes[id(source.module), source.part]
+            if slope is not None
+        ]
         if parts:
-            uses[name] = gathered(parts, mask_for(task, name, batch))
-    return Example(gradient, uses)
+            uses[name] = gathered(parts, mask_for(task, name, batch), tokens)
+    return Example(gradient, uses, tokens, layers)
 
 
-def filled(gradient: Tensor | None, parameter: Tensor) -> Tensor:
-    """Return the gradient, zero where the example does not reach the parameter."""
-    return torch.zeros_like(parameter) if gradient is None else gradient
+def gathered(parts: list[oracle_layers.Positions], mask: Tensor | None, tokens: int | None) -> Uses:
+    """Join the positions of all uses; mask and token axis hold for a use that has as many positions as they have."""
+    real = [known & mask.flatten().bool() if mask is not None and mask.numel() == len(a) else known for a, _, known in parts]
+    token = [torch.arange(len(a)) if tokens == len(a) else torch.full((len(a),), -1) for a, _, _ in parts]
+    return Uses(torch.cat([a for a, _, _ in parts]), torch.cat([g for _, g, _ in parts]), torch.cat(real), torch.cat(token))
 
 
-def gathered(parts: list[tuple[nn.Module, Tensor, Tensor]], mask: Tensor | None) -> Uses:
-    """Join the positions of all uses; the mask holds for a use that has as many positions as the mask."""
-    pairs = [positions(*part) for part in parts]
-    real = [
-        mask.flatten().bool() if mask is not None and mask.numel() == len(a) else torch.ones(len(a), dtype=torch.bool) for a, _ in pairs
-    ]
-    return Uses(torch.cat([a for a, _ in pairs]), torch.cat([g for _, g in pairs]), torch.cat(real))
+def token_count(task: Any, batch: Any) -> int | None:
+    """Return the length of the token axis of a batch of one without padding: of the mask, else of `input_ids`, else there is none."""
+    mask = task.padding_mask(batch)
+    if isinstance(mask, Tensor):
+        return mask.shape[1]
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    return None if ids is None else ids.shape[1]
 
 
 def mask_for(task: Any, name: str, batch: Any) -> Tensor | None:
@@ -252,27 +219,48 @@ def mean_square(matrices: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(matrices)).square().mean(0)
 
 
-def fit_layer(name: str, strategy: str, first: Sequence[Example], second: Sequence[Example]) -> Curvature:
+def free_sides(example: Example, name: str, widest: int = WIDEST) -> tuple[bool, bool]:
+    """Tell on which side (in, out) the basis is the identity: by kind, or because the side is too wide."""
+    free_in, free_out = example.layers[name].free
+    _, out, into = example.gradient[name].shape
+    return free_in or into > widest, free_out or out > widest
+
+
+def side_of(examples: Sequence[Example], name: str, side: str, free: bool) -> tuple[Tensor, Tensor]:
+    """Return eigenvalues and eigenvectors of a covariance, or its diagonal and the identity."""
+    matrix = covariance(examples, name, side)
+    if not free:
+        return tuple(torch.linalg.eigh(matrix))
+    return matrix.diagonal(dim1=1, dim2=2), torch.eye(matrix.shape[-1], dtype=torch.float64).expand_as(matrix)
+
+
+def fit_layer(name: str, strategy: str, first: Sequence[Example], second: Sequence[Example], widest: int = WIDEST) -> Curvature:
     """Fit one layer. `first` and `second` are the examples of the covariance pass and of the eigenvalue pass."""
     groups, out, into = first[0].gradient[name].shape
     eye_in, eye_out = (torch.eye(n, dtype=torch.float64).expand(groups, n, n) for n in (into, out))
     if strategy == "identity":
         return Curvature(eye_in, eye_out, torch.ones(groups, out, into, dtype=torch.float64))
-    if strategy == "diagonal":
-        return Curvature(eye_in, eye_out, mean_square([example.gradient[name] for example in second]))
-    values_in, basis_in = torch.linalg.eigh(covariance(first, name, "a"))
-    values_out, basis_out = torch.linalg.eigh(covariance(first, name, "g"))
+    squares = mean_square([example.gradient[name] for example in (first if strategy == "kfac" else second)])
+    if strategy == "diagonal" or first[0].layers[name].fallback:
+        return Curvature(eye_in, eye_out, squares)
+    free_in, free_out = free_sides(first[0], name, widest)
+    values_in, basis_in = side_of(first, name, "a", free_in)
+    values_out, basis_out = side_of(first, name, "g", free_out)
     if strategy == "ekfac":
         rotated = [basis_out.mT @ example.gradient[name] @ basis_in for example in second]
         return Curvature(basis_in, basis_out, mean_square(rotated))
     outer = torch.einsum("go,gi->goi", values_out.clamp(min=0), values_in.clamp(min=0))
-    norm = mean_square([example.gradient[name] for example in first]).sum((1, 2), keepdim=True)
-    return Curvature(basis_in, basis_out, outer * norm / outer.sum((1, 2), keepdim=True))
+    total = outer.sum((1, 2), keepdim=True)
+    # A group that no example reaches (a dead feature of a norm) has no curvature.
+    scale = torch.where(total > 0, squares.sum((1, 2), keepdim=True) / total.clamp(min=torch.finfo(total.dtype).tiny), 0.0)
+    return Curvature(basis_in, basis_out, outer * scale)
 
 
-def fit(names: Sequence[str], strategy: str, first: Sequence[Example], second: Sequence[Example] | None = None) -> dict[str, Curvature]:
+def fit(
+    names: Sequence[str], strategy: str, first: Sequence[Example], second: Sequence[Example] | None = None, *, widest: int = WIDEST
+) -> dict[str, Curvature]:
     """Fit all layers; with the data's own labels both passes see the same gradients."""
-    return {name: fit_layer(name, strategy, first, first if second is None else second) for name in names}
+    return {name: fit_layer(name, strategy, first, first if second is None else second, widest) for name in names}
 
 
 def damping_of(curvatures: Mapping[str, Curvature], strategy: str, damping: Any) -> dict[str, float]:
@@ -291,23 +279,23 @@ def damping_of(curvatures: Mapping[str, Curvature], strategy: str, damping: Any)
 # ---------------------------------------------------------------------------------------------- scores
 
 
-def pairwise_layer(queries: Sequence[Tensor], train: Sequence[Tensor], curvature: Curvature, damping: float) -> Tensor:
-    """Return `vec(G_q)^T (H + damping)^-1 vec(G_t)`, `[query, train]`, summed over groups."""
-    total = torch.zeros(len(queries), len(train), dtype=torch.float64)
+def preconditioned(gradients: Sequence[Tensor], curvature: Curvature, damping: float) -> Tensor:
+    """Return `(H + damping)^-1 vec(G)` of each `[group, out, in]` gradient, in its shape, by solving with the dense matrix."""
+    stacked = torch.stack(list(gradients))
+    parts = []
     for group in range(len(curvature.eigenvalues)):
         dense = curvature.dense(group)
         damped = dense + damping * torch.eye(len(dense), dtype=torch.float64)
-        left = torch.stack([matrix[group].flatten() for matrix in queries])
-        right = torch.stack([matrix[group].flatten() for matrix in train])
-        total += left @ torch.linalg.solve(damped, right.T)
-    return total
+        parts.append(torch.linalg.solve(damped, stacked[:, group].flatten(1).T).T.view_as(stacked[:, group]))
+    return torch.stack(parts, 1)
 
 
 def pairwise(
     queries: Sequence[Example], train: Sequence[Example], curvatures: Mapping[str, Curvature], dampings: Mapping[str, float]
 ) -> dict[str, Tensor]:
-    """Return the scores `[query, train]` of each layer; the score is their sum."""
+    """Return the scores `[query, train]` of each layer, `vec(G_q)^T (H + damping)^-1 vec(G_t)`; the score is their sum."""
     return {
-        name: pairwise_layer([q.gradient[name] for q in queries], [t.gradient[name] for t in train], curvature, dampings[name])
+        name: preconditioned([q.gradient[name] for q in queries], curvature, dampings[name]).flatten(1)
+        @ torch.stack([t.gradient[name] for t in train]).flatten(1).T
         for name, curvature in curvatures.items()
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 import case_models
 import oracle
 from cases import EMPIRICAL, STRATEGIES, Case, build, case_named
+from coverage_check import assert_coverage_is_true
 from whence.tasks import Classification, Task
 
 BATCH = 5
@@ -41,7 +43,9 @@ def test_oracle_positions_add_up_to_its_gradients(case: Case) -> None:
     """`sum_t g_t a_t^T` over the recorded positions is autograd's gradient of the parameters."""
     for example in examples_of(case, case.model(), untransformed(case)):
         for name, uses in example.uses.items():
-            total = torch.einsum("pgo,pgi->goi", uses.g, uses.a)
+            # The padding word's row of an embedding has no gradient; other padding has positions, whose g is zero.
+            kept = uses.real[:, None, None] if example.layers[name].free[0] else 1.0
+            total = torch.einsum("pgo,pgi->goi", uses.g * kept, uses.a)
             oracle.assert_close(total, example.gradient[name], f"{case.name} {name}", rtol=1e-12, atol_of_largest=1e-12)
 
 
@@ -50,14 +54,15 @@ def test_oracle_examples_add_up_to_the_gradient_of_the_batch(case: Case) -> None
     """An example's loss does not depend on the rows beside it, and all of them together are the batch."""
     model, task = case.model(), untransformed(case)
     rows = case.data()[0][:BATCH]
-    with oracle.recorded(model, case.tracked):
+    layers = {name: oracle.layer_of(model, name) for name in case.tracked}
+    with oracle.recorded(model, layers):
         losses = task.loss(model, case.collate(rows))
+        wanted = [p for layer in layers.values() for p in oracle.trained(layer)]
+        found = iter(torch.autograd.grad(losses.sum(), wanted, allow_unused=True))
     assert losses.shape == (BATCH,)
     examples = examples_of(case, model, task)[:BATCH]
-    for index, name in enumerate(case.tracked):
-        layer = model.get_submodule(name)
-        found = torch.autograd.grad(losses.sum(), oracle.trained(layer), retain_graph=index + 1 < len(case.tracked), allow_unused=True)
-        whole = oracle.as_trained_matrix(layer, found)
+    for name, layer in layers.items():
+        whole = oracle.as_trained_matrix(layer, [next(found) for _ in oracle.trained(layer)])
         total = sum(example.gradient[name] for example in examples)
         oracle.assert_close(total, whole, f"{case.name} {name}", rtol=1e-10, atol_of_largest=1e-12)
 
@@ -68,24 +73,28 @@ def test_oracle_gradient_is_the_slope_of_the_loss(case: Case) -> None:
     model, task = case.model(), untransformed(case)
     batch = case.collate(case.data()[0][:1])
     example = oracle.run_one(model, case.tracked, task, batch, task.loss)
-    layers = {name: model.get_submodule(name) for name in case.tracked}
-    steps = {name: [torch.randn_like(p) for p in oracle.trained(layer)] for name, layer in layers.items()}
-    predicted = sum((example.gradient[name] * oracle.as_trained_matrix(layer, steps[name])).sum() for name, layer in layers.items())
+    layers = {name: oracle.layer_of(model, name) for name in case.tracked}
+    steps = {p: torch.randn_like(p) for layer in layers.values() for p in oracle.trained(layer)}
+    predicted = sum(
+        (example.gradient[name] * oracle.as_trained_matrix(layer, [steps[p] for p in oracle.trained(layer)])).sum()
+        for name, layer in layers.items()
+    )
 
     @torch.no_grad()
     def moved(distance: float) -> Tensor:
-        pairs = [(p, step) for name, layer in layers.items() for p, step in zip(oracle.trained(layer), steps[name], strict=True)]
-        before = [p.clone() for p, _ in pairs]
-        for p, step in pairs:
+        before = {p: p.clone() for p in steps}
+        for p, step in steps.items():
             p.add_(step, alpha=distance)
         value = task.loss(model, batch).sum()
-        for (p, _), old in zip(pairs, before, strict=True):
+        for p, old in before.items():
             p.copy_(old)
         return value
 
     slope = (moved(1e-6) - moved(-1e-6)) / 2e-6
-    # The slope of `used_without_gradient` includes the use that autograd is told to ignore.
-    if case.name != "used_without_gradient":
+    # The slope includes uses that autograd is told to ignore (no_grad, a padding word), and of an attention that is tracked in part
+    # the packed parameters move as a whole.
+    ignored = any(isinstance(module, nn.Embedding) and module.padding_idx is not None for module in model.modules())
+    if case.name not in {"used_without_gradient", "attention_named_parts"} and not ignored:
         assert torch.allclose(slope, predicted, rtol=1e-5, atol=1e-6), f"{case.name}: slope {slope:.9g}, gradient {predicted:.9g}"
 
 
@@ -93,8 +102,11 @@ def test_oracle_gradient_is_the_slope_of_the_loss(case: Case) -> None:
 def test_no_covariance_repeats_an_eigenvalue(case: Case) -> None:
     """EKFAC is then a function of the data alone; with a repeated eigenvalue it would depend on an arbitrary basis."""
     examples = examples_of(case, case.model(), case.task())
-    for name in case.tracked:
+    for name in examples[0].uses:
         for side in ("a", "g"):
+            free = oracle.free_sides(examples[0], name)
+            if free[side == "g"]:
+                continue
             values = torch.linalg.eigvalsh(oracle.covariance(examples, name, side))
             gaps = values.diff(dim=-1) / values[:, -1:]
             assert (gaps > 1e-5).all(), f"{case.name} {name} {side}: smallest relative gap {gaps.min():.1e}"
@@ -107,21 +119,22 @@ def test_no_covariance_repeats_an_eigenvalue(case: Case) -> None:
 def test_the_layers_of_the_case_are_tracked(case: Case) -> None:
     model, (train, _) = case.model(), case.data()
     attributor = case.attributor(model).fit(train, strategy="diagonal", empirical=True, batch_size=BATCH)
-    assert list(attributor.coverage.tracked) == list(case.tracked)
-    tracked = {id(p): p.numel() for name in case.tracked for p in oracle.trained(model.get_submodule(name))}
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert attributor.coverage.share == pytest.approx(sum(tracked.values()) / trainable)
+    assert_coverage_is_true(model, attributor.coverage, case.tracked)
+    # Where parameters without a handler stand is not said.
+    bare = {name for name, _ in model.named_parameters()}
+    found, wanted = ([name for name in names if name not in bare] for names in (attributor.coverage.tracked, case.tracked))
+    assert found == wanted, "layers come in the order of the model"
 
 
 def test_coverage_says_what_is_left_out_and_why() -> None:
-    case = case_named("conv_batchnorm")
-    coverage = case.attributor(case.model(), layers=None).coverage
-    assert list(coverage.tracked) == ["conv", "squeeze", "head"]
-    assert [name for name, _ in coverage.left_out] == ["norm"]
-    assert "BatchNorm2d" in coverage.left_out[0][1]
-    assert coverage.share == pytest.approx(228 / 238)
-    assert "norm" in str(coverage)
-    assert "95.8" in str(coverage) or "96" in str(coverage)
+    case = case_named("fallback_upsampled")
+    coverage = case.attributor(case.model(), fallback=False).coverage
+    assert list(coverage.tracked) == ["head"]
+    assert {name.split(".")[0] for name, _ in coverage.left_out} == {"up"}
+    assert "ConvTranspose2d" in coverage.left_out[0][1]
+    assert coverage.share == pytest.approx(9 / 43)
+    assert "up" in str(coverage)
+    assert "20.9" in str(coverage) or "21" in str(coverage)
 
 
 def test_frozen_layers_are_left_out_and_named() -> None:
@@ -182,16 +195,17 @@ def test_backward_stops_at_the_earliest_tracked_layer(layers: list[str] | None, 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("name", ["mlp", "conv_plain", "conv1d_of_transformers"])
 def test_autograd_computes_no_gradient_of_a_tracked_weight(name: str, strategy: str) -> None:
+    """But for one check of a command, whether the layers account for all uses of their weights, however many batches follow."""
     case = case_named(name)
     model, (train, queries) = case.model(), case.data()
-    computed: list[str] = []
-    handles = [p.register_hook(lambda _, key=key: computed.append(key)) for key, p in model.named_parameters()]
-    attributor = case.attributor(model).fit(train, strategy=strategy, empirical=True, batch_size=BATCH)
-    attributor.scores(queries, train, batch_size=BATCH)
-    attributor.self_influence(train, batch_size=BATCH)
+    computed: Counter[str] = Counter()
+    handles = [p.register_hook(lambda _, key=key: computed.update([key])) for key, p in model.named_parameters()]
+    attributor = case.attributor(model).fit(train, strategy=strategy, empirical=True, batch_size=1)
+    attributor.scores(queries, train, batch_size=1)
+    attributor.self_influence(train, batch_size=1)
     for handle in handles:
         handle.remove()
-    assert computed == []
+    assert all(count <= 3 for count in computed.values()), f"gradients of weights in three commands: {computed}"
 
 
 class Spying(Classification):

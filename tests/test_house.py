@@ -30,6 +30,7 @@ ORDER = [
     "__init__",
     "checkpoints",
     "attributor",
+    "plan",
     "workbench",
     "pretrained",
     "refit",

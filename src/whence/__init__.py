@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from whence.curvature.moments import second_moments
     from whence.curvature.refine import ConjugateGradients, Exact
     from whence.curvature.response import Unrolled
+    from whence.plan.result import Plan
     from whence.recipes.base import Recipe, load_recipe
     from whence.scores.matrix import Scores
 
@@ -36,6 +37,7 @@ __all__ = [
     "Coverage",
     "Damping",
     "Exact",
+    "Plan",
     "Recipe",
     "Scores",
     "Unrolled",
@@ -56,6 +58,7 @@ _LAZY: dict[str, str | None] = {
     "Coverage": "whence.capture.coverage",
     "Damping": "whence.curvature.basis",
     "Exact": "whence.curvature.refine",
+    "Plan": "whence.plan.result",
     "Recipe": "whence.recipes.base",
     "Scores": "whence.scores.matrix",
     "Unrolled": "whence.curvature.response",

@@ -18,6 +18,8 @@ from whence.curvature.settings import DampingLike, ResponseLike, Spectrum
 from whence.curvature.strategies import StrategyName, get_strategy
 from whence.evaluate.lds import Calibration, calibrate
 from whence.evaluate.retrain import RetrainBank
+from whence.plan.predict import make_plan
+from whence.plan.result import Plan
 from whence.pretrained import open_pretrained, open_trainer, training_time
 from whence.runtime.batches import check_dataset
 from whence.scores.matrix import Scores
@@ -216,6 +218,10 @@ class Attributor(Workbench):
         spectrum = self._spectrum(chosen, damping, response)
         asked = {} if train_rows is None else {"train rows": list(train_rows)}
         return self._self_influence(rows, Ask(strategy=chosen, spectrum=spectrum, asked=asked, overwrite=overwrite), on)
+
+    def plan(self, train: Any, queries: Any = None, **options: Any) -> Plan:
+        """Predict what `fit`, `scores` and `self_influence` will cost; options and errors are those of `whence.plan.predict.make_plan`."""
+        return make_plan(self, train, queries, **options)
 
     def calibrate(
         self,

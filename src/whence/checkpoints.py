@@ -18,6 +18,7 @@ from whence.curvature.strategies import StrategyName
 from whence.errors import ConfigError, StorageError
 from whence.scores.matrix import Scores
 from whence.tasks import Task
+from whence.workbench import Size
 
 Checkpoint = str | Path | Mapping[str, Tensor]
 
@@ -70,7 +71,12 @@ class Checkpoints:
         *,
         strategy: StrategyName | None = None,
         weight_decay: float = 0.0,
-        **options: Any,
+        per_layer: bool = False,
+        query_rows: Sequence[int] | None = None,
+        train_rows: Sequence[int] | None = None,
+        query_batch_size: Size = "auto",
+        batch_size: Size = "auto",
+        overwrite: bool = False,
     ) -> Scores:
         """Score for a whole run: each checkpoint stands for a segment of it (SOURCE: Bae et al., 2024).
 
@@ -83,7 +89,7 @@ class Checkpoints:
             times: sum of the learning rates in each checkpoint's segment, in the order of the checkpoints.
             strategy: which fitted curvature of every checkpoint to use.
             weight_decay: added to every eigenvalue.
-            options: `query_rows`, `train_rows`, `query_batch_size`, `batch_size`, `per_layer`, `overwrite` as of `Attributor.scores`.
+            per_layer, query_rows, train_rows, query_batch_size, batch_size, overwrite: as of `Attributor.scores`.
 
         Raises:
             ConfigError: there is not one time for every checkpoint.
@@ -91,13 +97,22 @@ class Checkpoints:
         if len(times) != len(self.checkpoints):
             raise ConfigError(f"times has {len(times)} entries for {len(self.checkpoints)} checkpoints; give one for each segment.")
         segments = [Unrolled(time=time) for time in times]
-        gradients = self._end.query_gradients(queries, train, **options)
+        gradients = self._end.query_gradients(queries, train, query_rows=query_rows, query_batch_size=query_batch_size)
         parts = []
         for number in reversed(range(len(segments))):
-            attributor = self.attributors[number]
             with self._loaded(self.checkpoints[number]):
-                part, gradients = attributor.segment_scores(
-                    gradients, queries, train, segments[number], strategy=strategy, damping=weight_decay, **options
+                part, gradients = self.attributors[number].segment_scores(
+                    gradients,
+                    queries,
+                    train,
+                    segments[number],
+                    strategy=strategy,
+                    damping=weight_decay,
+                    per_layer=per_layer,
+                    query_rows=query_rows,
+                    train_rows=train_rows,
+                    batch_size=batch_size,
+                    overwrite=overwrite,
                 )
             parts.append(part)
         return combined(parts, 1.0)

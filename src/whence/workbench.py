@@ -24,7 +24,7 @@ from whence.curvature.response import Unrolled, remainders, spectral_weights
 from whence.curvature.settings import DampingLike, ResponseLike, Spectrum, resolve
 from whence.curvature.stored import Preconditioner, only_strategy, open_factors, preconditioner, stored_curvature
 from whence.curvature.strategies import StrategyName, get_strategy
-from whence.errors import ConfigError, MismatchError
+from whence.errors import ConfigError, LayerError, MismatchError
 from whence.runtime.batches import check_dataset, check_rows
 from whence.runtime.device import resolve_device
 from whence.runtime.memory import BatchSize
@@ -34,7 +34,7 @@ from whence.scores.matrix import Scores
 from whence.scores.pairwise import Pairwise
 from whence.scores.request import Ask, Request
 from whence.scores.self_influence import On, SelfInfluence
-from whence.storage.run import RunFolder, fingerprint_model, fingerprint_tensors, read_json, write_json_atomic
+from whence.storage.run import RunFolder, explain_write_errors, fingerprint_model, fingerprint_tensors, read_json, write_json_atomic
 from whence.storage.shards import ShardStore
 from whence.tasks import Task
 
@@ -112,7 +112,6 @@ class Workbench:
         *,
         query_rows: Sequence[int] | None = None,
         query_batch_size: Size = "auto",
-        **_: Any,
     ) -> dict[str, Tensor]:
         """Return the measurement's gradients of each layer, `[query, group, out, in]`.
 
@@ -142,7 +141,6 @@ class Workbench:
         train_rows: Sequence[int] | None = None,
         batch_size: Size = "auto",
         overwrite: bool = False,
-        **_: Any,
     ) -> tuple[Scores, dict[str, Tensor]]:
         """Score training rows for queries whose gradients come from a later point of the run.
 
@@ -204,6 +202,8 @@ class Workbench:
             if not self._take_alone(seen.left_out):
                 for name, reason in seen.left_out.items():
                     self.coverage.drop(name, reason)
+                if not recorder.taken:
+                    raise LayerError(f"no layer of the model can be attributed. {self.coverage}")
                 if self.options.compile:
                     recorder.compile(self._programs)
                 yield recorder, seen
@@ -262,6 +262,8 @@ class Workbench:
 
     def _keep_calibration(self, strategy: str, spectrum: Spectrum) -> None:
         path = self.run.sub("calibration", f"{strategy}.json")
+        with explain_write_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
         write_json_atomic(path, {"model": fingerprint_model(self.model), "spectrum": spectrum.to_json()})
 
     def _factors(self, strategy: str, seen: Survey) -> ShardStore | None:
@@ -278,7 +280,7 @@ class Workbench:
 
     def _preconditioner(self, factors: ShardStore | None, spectrum: Spectrum) -> Preconditioner:
         curvature = stored_curvature(factors, self._layers)
-        weights = spectral_weights(curvature, spectrum.damping, spectrum.response)
+        weights = spectral_weights(curvature, spectrum.damping, spectrum.response, {layer.name: layer.shape for layer in self._layers})
         return self._placed(curvature, weights)
 
     def _placed(self, curvature: Curvature, weights: Mapping[str, Tensor | None]) -> Preconditioner:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
-from whence.capture.compiled import Taps
+from whence.capture.compiled import CompiledTaps
 
 pytestmark = [
     # Dynamo makes the objects that it warns of making, and asks tensors between two graphs for gradients they do not have.
@@ -117,7 +117,7 @@ class Tapped:
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, backend: str) -> None:
         self.model = model.to(dtype).eval().requires_grad_(False)
-        self.taps = Taps(model)
+        self.taps = CompiledTaps(model)
         # Kept, so that the same hooks come back.
         self.hooks = [self.hook(number) for number in range(len(layers_of(model)))]
         self.compiled = self.taps.compile(model, backend)

@@ -2,6 +2,7 @@
 
 import torch
 
+from whence.capture.contract import Sides
 from whence.capture.pair import IDENTITY, Pair
 
 
@@ -33,4 +34,4 @@ def test_results_are_the_same_without_them() -> None:
 
 
 def test_covariances_keep_them() -> None:
-    assert pair_with([1, 3, 4]).covariances()[2] == 15
+    assert pair_with([1, 3, 4]).covariances(Sides(inputs=True, outputs=True))[2] == 15

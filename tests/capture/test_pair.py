@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from whence.capture import contract
-from whence.capture.contract import Choice
+from whence.capture.contract import Choice, Sides
 from whence.capture.pair import IDENTITY, Basis, Pair
 from whence.capture.regroup import Regrouping
 from whence.errors import LayerError
-from whence.scores.queries import DenseQueries, PairQueries
+from whence.scores.queries import DenseQueries
+from whence.scores.queries_pairs import PairQueries
 
 SHAPES = [(5, 1, 6, 3, 4), (5, 2, 6, 3, 4), (7, 1, 1, 4, 3), (7, 3, 1, 2, 5)]  # example, group, position, in, out
 
@@ -119,11 +120,14 @@ def test_covariances_count_real_positions_only() -> None:
     pair = make((3, 2, 4, 3, 2), bias=True)
     mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]])
     masked = Pair(a=pair.a, g=pair.g, bias=True, mask=mask)
-    inputs, outputs, count = masked.covariances()
+    inputs, outputs, count = masked.covariances(Sides(inputs=True, outputs=True))
     a = torch.cat([pair.a, torch.ones_like(pair.a[..., :1])], dim=-1)
     torch.testing.assert_close(inputs, torch.einsum("bt,bgti,bgtj->gij", mask.double(), a, a))
     torch.testing.assert_close(outputs, torch.einsum("bt,bgto,bgtp->gop", mask.double(), pair.g, pair.g))
     assert count == 8
+    thin = masked.covariances(Sides(inputs=False, outputs=False))
+    torch.testing.assert_close(thin[0], inputs.diagonal(dim1=1, dim2=2))
+    torch.testing.assert_close(thin[1], outputs.diagonal(dim1=1, dim2=2))
 
 
 def test_regrouping_takes_positions_to_their_examples() -> None:

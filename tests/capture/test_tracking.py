@@ -35,14 +35,13 @@ class Positions(nn.Module):
 def test_layers_off_the_batch_or_unreached_are_left_out_and_named() -> None:
     attributor = whence.Attributor(Positions(), Classification(), progress=False).fit(ROWS, empirical=True, strategy="ekfac")
     scores = attributor.scores(ROWS[:2], ROWS, per_layer=True, batch_size=1)
-    assert set(attributor.coverage.tracked) == {"inner", "head"}
+    assert set(attributor.coverage.tracked) == {"inner", "head", "norm"}
     reasons = dict(attributor.coverage.left_out)
     assert "batch's axis" in reasons["shared"]
     assert "reached by no gradient" in reasons["idle"]
-    assert reasons["norm"] == "no handler for LayerNorm"
-    assert attributor.coverage.share == (3 * 5 + 5 + 5 * 2 + 2) / (20 + 15 + 10 + 6 + 12)
+    assert attributor.coverage.share == (3 * 5 + 5 + 5 * 2 + 2 + 10) / (20 + 15 + 10 + 6 + 12)
     assert not scores.per_layer.get("idle", torch.zeros(1)).any()
-    named = whence.Attributor(Positions(), Classification(), layers=["inner", "head"], progress=False).fit(ROWS, empirical=True)
+    named = whence.Attributor(Positions(), Classification(), layers=["inner", "head", "norm"], progress=False).fit(ROWS, empirical=True)
     torch.testing.assert_close(named.scores(ROWS[:2], ROWS).values, scores.values)
 
 
@@ -74,27 +73,42 @@ def test_output_heads_as_wide_as_the_vocabulary_are_left_out_unless_asked_for() 
 
 
 def test_a_weight_shared_with_another_kind_of_layer_is_left_out() -> None:
-    model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 3), nn.Linear(3, 5, bias=False))
+    model = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm((3, 3)), nn.Linear(3, 5))
+    model[1].weight = model[0].weight
+    layers, coverage = track(model, "all")
+    assert [layer.name for layer in layers] == ["2"]
+    assert "shared" in dict(coverage.left_out)["0"]
+    assert "shared" in dict(coverage.left_out)["1"]
+    assert coverage.share == 20 / (9 + 3 + 9 + 20)
+
+
+def test_a_tied_head_is_part_of_its_embedding() -> None:
+    model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 3), nn.Linear(3, 5))
     model[2].weight = model[0].weight
     layers, coverage = track(model, "all")
-    assert [layer.name for layer in layers] == ["1"]
-    assert "shared" in dict(coverage.left_out)["2"]
-    assert coverage.share == 12 / 27
+    assert [layer.name for layer in layers] == ["0", "1", "2"]
+    assert coverage.tracked == {"0": 15, "1": 12, "2": 5}
+    assert coverage.share == 1.0
+    assert list(track(model)[1].tracked) == ["1"]
 
 
 def test_a_model_without_a_layer_to_track_says_why() -> None:
-    with pytest.raises(LayerError, match=r"'0': no handler for Embedding"):
+    with pytest.raises(LayerError, match=r"'0': no handler for Bilinear.*fallback=True"):
+        track(nn.Sequential(nn.Bilinear(5, 3, 2)))
+    with pytest.raises(LayerError, match=r"'0': .*layers='all'"):
         track(nn.Sequential(nn.Embedding(5, 3)))
     frozen = nn.Linear(2, 2).requires_grad_(False)
     with pytest.raises(LayerError, match="frozen"):
         track(nn.Sequential(frozen))
 
 
-def test_a_subclass_that_computes_something_else_is_refused() -> None:
+def test_a_subclass_that_computes_something_else_is_left_out() -> None:
     class Doubled(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
             return 2 * super().forward(x)
 
     model = nn.Sequential(Doubled(3, 4), nn.Flatten(), nn.Linear(16, 2))
-    with pytest.raises(LayerError, match="'0' is a Doubled whose forward does not compute what Linear does"):
-        whence.Attributor(model, Classification(), progress=False).fit(ROWS)
+    attributor = whence.Attributor(model, Classification(), progress=False).fit(ROWS)
+    assert "Doubled that does not compute what Linear does" in dict(attributor.coverage.left_out)["0"]
+    with pytest.raises(LayerError, match=r"'0'.*Doubled"):
+        whence.Attributor(model, Classification(), layers=["0"], progress=False).fit(ROWS)

@@ -131,6 +131,22 @@ class CompiledTaps:
         return wrapper
 
 
+_MARK = "_dynamo_static_input_type"
+
+
+@contextmanager
+def without_marks(model: nn.Module) -> Iterator[None]:
+    """Take off, at the end, the marks that the compiler leaves on parameters and buffers; it does without them."""
+    tensors = [*model.parameters(), *model.buffers()]
+    marked = {id(tensor) for tensor in tensors if hasattr(tensor, _MARK)}
+    try:
+        yield
+    finally:
+        for tensor in tensors:
+            if hasattr(tensor, _MARK) and id(tensor) not in marked:
+                delattr(tensor, _MARK)
+
+
 class _Tap(torch.autograd.Function):
     """The identity, whose derivative delivers the pair."""
 

@@ -131,17 +131,17 @@ def finished(
             continue
         if finite(result):
             return result
-        if recorder.loss_scale <= 1:
+        if recorder.loss_scale <= recorder.least_loss_scale:
             explain()
             raise AssertionError("explain() raises")
-        recorder.loss_scale = max(1.0, recorder.loss_scale / 16)
+        recorder.loss_scale /= 16
 
 
-def raise_not_finite(recorder: Recorder, rows: Rows, block: range, objective: ObjectiveOf, stage: str) -> None:
+def raise_not_finite(recorder: Recorder, rows: Rows, block: range, objective: ObjectiveOf, stage: str, *, last: bool = True) -> None:
     """Run a block again, watching every layer, and say where NaN or infinity first appears.
 
     Raises:
-        NumericalError: always, with the layer, the stage and the example ids.
+        NumericalError: with the layer, the stage and the example ids; without them if it is nowhere and the block is the `last`.
     """
     for batch in rows.batches(block):
         found: list[str] = []
@@ -174,6 +174,8 @@ def raise_not_finite(recorder: Recorder, rows: Rows, block: range, objective: Ob
                 f"{stage}: {found[0]} for example ids {shown}. Look at these rows and at the layer's weights; "
                 "drop or mend the rows, or load a checkpoint without NaN."
             )
+    if not last:
+        return
     raise NumericalError(
         f"{stage}: sums over rows {block.start} to {block.stop - 1} overflowed although every gradient is finite. "
         "Scale the loss down or compute in float64."

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from whence.capture import taps
 from whence.capture.assemble import token_axis
 from whence.capture.checkpoints import refuse_checkpointed
-from whence.capture.compiled import CompiledTaps
+from whence.capture.compiled import CompiledTaps, without_marks
 from whence.capture.deliver import Delivery
 from whence.capture.formed import Formed
 from whence.capture.options import CaptureOptions
@@ -63,7 +63,7 @@ class Recorder:
         self.scales = scales or {}
         self._delivery = Delivery(sums=self.sums, half=options.half, transform=transform, scales=self.scales)
         narrow = options.precision == "float16" or any(p.dtype == torch.float16 for p in model.parameters())
-        self.loss_scale = LARGEST_LOSS_SCALE if narrow else 1.0
+        self.loss_scale, self.least_loss_scale = (LARGEST_LOSS_SCALE, 1 / LARGEST_LOSS_SCALE) if narrow else (1.0, 1.0)
         self.with_tokens = False
         self.taps = taps.Taps(self._arrived, offload=options.offload)
         self._runs = model  # what is called: the model, or its compiled form
@@ -97,6 +97,7 @@ class Recorder:
     def compile(self, programs: Programs) -> None:
         """From now on run the model, with taps of another kind, through the compiler; `programs` keeps what was compiled."""
         self._hooks.close()
+        self._hooks.enter_context(without_marks(self.model))
         sites = [(layer, site) for layer in self.taken for site in layer.sites]
         key = tuple(id(site.module) for _, site in sites)
         if key not in programs:

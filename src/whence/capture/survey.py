@@ -12,7 +12,9 @@ from torch import nn
 from whence.capture.passes import Rows
 from whence.capture.recorder import Recorder
 from whence.capture.verify import strange_layers
+from whence.errors import ConfigError
 from whence.runtime.batches import Batch, iterate_batches
+from whence.runtime.memory import is_out_of_memory
 from whence.storage.run import fingerprint_model, fingerprint_rows, fingerprint_source, fingerprint_tensors
 from whence.tasks import Task
 
@@ -46,8 +48,20 @@ def survey(recorder: Recorder, rows: Rows, datasets: Mapping[str, Any], *, lenie
         lenient: leave out a layer whose forward is not that of its kind; else it is an error.
 
     Raises:
-        DataError: a row cannot be used. LayerError: the task differentiates the model itself, or a layer is not of its kind.
+        DataError: a row cannot be used. ConfigError: two rows do not fit into memory.
+        LayerError: the task differentiates the model itself, or a layer is not of its kind.
     """
+    try:
+        return _survey(recorder, rows, datasets, lenient)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ConfigError(
+            f"out of memory with two rows: {str(error).splitlines()[0]} Free memory, shorten the rows, or use a larger machine."
+        ) from error
+
+
+def _survey(recorder: Recorder, rows: Rows, datasets: Mapping[str, Any], lenient: bool) -> Survey:
     task, model = recorder.task, recorder.model
     found = _options(task)
     with torch.no_grad():

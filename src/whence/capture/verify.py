@@ -39,9 +39,12 @@ def strange_layers(recorder: Recorder, batch: Batch, *, lenient: bool) -> dict[s
     recorder.run(batch, lambda _: task.loss, consume)
     wanted = _gradients(recorder, batch)
     half = recorder.options.half is not None or any(p.dtype in (torch.float16, torch.bfloat16) for p in recorder.model.parameters())
+    # Gradients that are zero but for rounding (a key's bias in attention) differ by all there is of them.
+    largest = max((float(gradient.norm()) for gradient in wanted.values() if torch.isfinite(gradient).all()), default=0.0)
+    slack = 100 * torch.finfo(recorder.sums).eps * largest
     strange = {}
     for layer in recorder.taken:
-        if layer.alone is None and layer.name in wanted and _differ(found.get(layer.name), wanted[layer.name], half):
+        if layer.alone is None and layer.name in wanted and _differ(found.get(layer.name), wanted[layer.name], half, slack):
             strange[layer.name] = BEHIND
     if strange and not lenient:
         raise LayerError(
@@ -51,13 +54,13 @@ def strange_layers(recorder: Recorder, batch: Batch, *, lenient: bool) -> dict[s
     return strange
 
 
-def _differ(found: Tensor | None, wanted: Tensor, half: bool) -> bool:
+def _differ(found: Tensor | None, wanted: Tensor, half: bool, slack: float) -> bool:
     size = wanted.norm()
     if not torch.isfinite(size) or (found is not None and not torch.isfinite(found).all()):
         return False  # the passes to come say where it is
     if found is None:
-        return bool(size > 0)
-    return bool((found - wanted).norm() > (HALF_TOLERANCE if half else TOLERANCE) * torch.maximum(size, found.norm()) + 1e-12)
+        return bool(size > slack)
+    return bool((found - wanted).norm() > (HALF_TOLERANCE if half else TOLERANCE) * torch.maximum(size, found.norm()) + slack)
 
 
 def _gradients(recorder: Recorder, batch: Batch) -> dict[str, Tensor]:
@@ -71,11 +74,16 @@ def _gradients(recorder: Recorder, batch: Batch) -> dict[str, Tensor]:
             loss = recorder.task.loss(recorder.model, batch.data).sum()
             if not loss.requires_grad:
                 return {}
-            # Not autograd.grad, which reentrant checkpoints refuse.
-            loss.backward()
+            try:
+                (loss * recorder.loss_scale).backward()  # not autograd.grad, which reentrant checkpoints refuse
+            except RuntimeError as error:
+                if "inplace operation" not in str(error):
+                    raise
+                return {}  # the model overwrites what these gradients need: it was trained otherwise, and cannot be checked
         layers = [layer for layer in recorder.taken if layer.alone is None]
         gradients = {layer.name: layer.layout(lambda p: torch.zeros_like(p) if p.grad is None else p.grad) for layer in layers}
-        return {name: gradient.to(recorder.sums) * recorder.scales.get(name, 1.0) for name, gradient in gradients.items()}
+        scale = recorder.loss_scale
+        return {name: gradient.to(recorder.sums) / scale * recorder.scales.get(name, 1.0) for name, gradient in gradients.items()}
     finally:
         for parameter, gradient in parameters.items():
             parameter.requires_grad_(False)

@@ -43,7 +43,7 @@ def fit(
     run: Annotated[RunOptions, Flat] = RunOptions(),  # noqa: B008
 ) -> None:
     """Fit the curvature of a recipe's model on its training rows and store it in the run folder."""
-    attributor, found = _open(recipe, run)
+    attributor, found = open_recipe(recipe, run)
     attributor.fit(
         found.train,
         strategy=fitting.strategy,
@@ -71,11 +71,11 @@ def score(
         k: Strongest proponents and opponents per query in the table that is written beside the scores.
     """
     damping, response = parse_damping(inverse.damping), parse_response(inverse.response)
-    attributor, found = _open(recipe, run)
+    attributor, found = open_recipe(recipe, run)
     scores = attributor.scores(
         found.queries,
         found.train,
-        strategy=inverse.strategy,
+        strategy="identity" if scoring.solver == "exact" else inverse.strategy,  # an exact inverse needs no fit
         damping=damping,
         response=response,
         batch_size=run.batch_size,
@@ -106,7 +106,7 @@ def self_influence(
         on: Each row's influence on its own loss, or on its own measurement.
     """
     damping, response = parse_damping(inverse.damping), parse_response(inverse.response)
-    attributor, found = _open(recipe, run)
+    attributor, found = open_recipe(recipe, run)
     values = attributor.self_influence(
         found.train,
         strategy=inverse.strategy,
@@ -170,7 +170,7 @@ def top(
         output.message(f"queries 0 to {len(chosen) - 1} of {len(scores.values)}; choose others with --query 0,3,7")
 
 
-def _open(spec: str, run: RunOptions) -> tuple[Attributor, Recipe]:
+def open_recipe(spec: str, run: RunOptions) -> tuple[Attributor, Recipe]:
     """Load the recipe and bind it to its run folder."""
     from whence.attributor import Attributor
     from whence.recipes.base import load_recipe

@@ -18,10 +18,12 @@ import whence
 from whence.cli import attribute, output
 from whence.cli.config import read_config
 from whence.cli.demo import demo
+from whence.cli.plan import plan
 from whence.errors import MismatchError, NotFittedError, NumericalError, StorageError, WhenceError
 
 # One line per verb, shown at the end of its help; the tests run each of them.
 EXAMPLES = {
+    "plan": "whence plan digits --strategy ekfac",
     "fit": "whence fit digits --strategy ekfac --max-examples 256",
     "score": "whence score digits --damping relative:0.1",
     "self": "whence self digits --k 20",
@@ -36,6 +38,7 @@ HINTS: dict[type[WhenceError], str] = {
 }
 
 VERBS: dict[str, Callable[..., None]] = {
+    "plan": plan,
     "fit": attribute.fit,
     "score": attribute.score,
     "self": attribute.self_influence,

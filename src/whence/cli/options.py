@@ -171,7 +171,15 @@ class FitOptions:
 
 
 @dataclass(kw_only=True)
-class InverseOptions:
+class ResponseOptions:
+    """What weight an eigen-direction gets."""
+
+    response: str = "inverse"
+    """inverse (a converged model), or unrolled:TIME for a run of finite length, TIME being the sum of its learning rates."""
+
+
+@dataclass(kw_only=True)
+class InverseOptions(ResponseOptions):
     """Which fitted curvature is inverted, and how."""
 
     strategy: Strategy = "ekfac"
@@ -179,9 +187,6 @@ class InverseOptions:
 
     damping: str = "auto"
     """A number (absolute), auto, calibrated, relative:0.1 (of each layer's mean eigenvalue) or relative:0.1:model (of all layers' mean)."""
-
-    response: str = "inverse"
-    """inverse (a converged model), or unrolled:TIME for a run of finite length, TIME being the sum of its learning rates."""
 
 
 @dataclass(kw_only=True)

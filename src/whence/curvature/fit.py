@@ -50,7 +50,7 @@ class Fitter:
         wanted = [f"basis-{number:04d}" for number in range(len(self.recorder.layers))]
         if set(wanted) <= set(self.store.names):
             return
-        consume = partial(_add_covariances, scaled=scaled, budget=working_set(self.rows.device.type))
+        consume = partial(add_covariances, scaled=scaled, budget=working_set(self.rows.device.type))
         with self.stages.stage("Fit covariances"):
             sums = self._accumulate("covariances", consume, stream=0)
         with self.stages.stage("Eigendecompositions"), self.stages.track(len(wanted), "Eigendecompositions") as advance:
@@ -88,7 +88,7 @@ class Fitter:
     def _fit_eigenvalues(self, fitted: dict[str, LayerCurvature]) -> None:
         kept = self.recorder.sums
         bases = share_equal({name: layer.basis.to(self.rows.device, kept) for name, layer in fitted.items()})
-        consume = partial(_add_moments, bases=bases, budget=working_set(self.rows.device.type))
+        consume = partial(add_moments, bases=bases, budget=working_set(self.rows.device.type))
         with self.stages.stage("Fit eigenvalues"):
             sums = self._accumulate("moments", consume, stream=1)
         values = {layer.name: sums.get(layer.name, torch.zeros(layer.shape)).div(len(self.rows)).to(kept) for layer in self.recorder.layers}
@@ -173,7 +173,8 @@ def _add(sums: Sums, key: str, value: Tensor) -> None:
         sums[key] = value
 
 
-def _add_covariances(sums: Sums, layer: TrackedLayer, gradient: LayerGradient, *, scaled: bool, budget: int) -> None:
+def add_covariances(sums: Sums, layer: TrackedLayer, gradient: LayerGradient, *, scaled: bool, budget: int) -> None:
+    """Add a batch's covariances of a layer and, for `scaled`, its squared norms; of a layer without sides its moments."""
     if layer.alone is not None:
         if scaled:
             _add(sums, f"{layer.name}/moments", gradient.sum_of_squares(IDENTITY, budget))
@@ -186,5 +187,6 @@ def _add_covariances(sums: Sums, layer: TrackedLayer, gradient: LayerGradient, *
         _add(sums, f"{layer.name}/norms", gradient.norms(budget).sum(0))
 
 
-def _add_moments(sums: Sums, layer: TrackedLayer, gradient: LayerGradient, *, bases: dict[str, Basis], budget: int) -> None:
+def add_moments(sums: Sums, layer: TrackedLayer, gradient: LayerGradient, *, bases: dict[str, Basis], budget: int) -> None:
+    """Add a batch's squared gradients of a layer, in its basis."""
     _add(sums, layer.name, gradient.sum_of_squares(bases[layer.name], budget))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -9,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from whence.capture.passes import Rows, draw_rows
+from whence.capture.passes import Rows, draw_rows, finished, loss_of, raise_not_finite
 from whence.capture.recorder import Recorder
 from whence.curvature.basis import Damping
 from whence.curvature.gauss_newton import GaussNewton, Vectors, absolute_damping
@@ -117,11 +118,20 @@ class Refinement:
         settings = self.settings
         indices = [self.train.indices[i] for i in draw_rows(len(self.train), settings.max_examples, seed=self.seed)]
         draws = settings.draws if isinstance(settings, ConjugateGradients) else None
-        matrix = GaussNewton(recorder=self.recorder, rows=replace(self.train, indices=indices), draws=draws, seed=self.seed)
-        with self.stages.stage("Solve"):
+        rows = replace(self.train, indices=indices)
+        matrix = GaussNewton(recorder=self.recorder, rows=rows, draws=draws, seed=self.seed)
+
+        def compute() -> Vectors:
             if isinstance(settings, Exact):
                 return self._exact(matrix, gradients)
             return self._conjugate_gradients(matrix, settings, gradients)
+
+        def explain() -> None:
+            for block in rows.blocks():
+                raise_not_finite(self.recorder, rows, block, loss_of(self.recorder.task), "Solve", last=block.stop == len(rows))
+
+        with self.stages.stage("Solve"):
+            return finished(self.recorder, rows, compute, _finite, explain)
 
     def _exact(self, matrix: GaussNewton, gradients: Mapping[str, Tensor]) -> Vectors:
         """`(U^T U + D)^-1 g = D^-1 g - D^-1 U^T (1 + U D^-1 U^T)^-1 U D^-1 g`."""
@@ -137,7 +147,8 @@ class Refinement:
             _add_gram(gram, u, 1 / damping[name])
             if name in gradients:
                 right = right + (u @ gradients[name].flatten(1).mT).double() / damping[name]
-        assert isinstance(right, Tensor), "no query reaches any layer"
+        if not isinstance(right, Tensor) or not torch.isfinite(gram).all():
+            return {name: torch.full_like(gradient, float("nan")) for name, gradient in gradients.items()}
         inner = torch.cholesky_solve(right, torch.linalg.cholesky(gram)).to(self.recorder.sums)
         solved = {name: (gradient.flatten(1) - inner.mT @ columns[name]) / damping[name] for name, gradient in gradients.items()}
         return {name: values.view_as(gradients[name]) for name, values in solved.items()}
@@ -161,8 +172,12 @@ class Refinement:
         with self.stages.track((settings.iterations + 1) * len(matrix.rows), "Conjugate gradients") as advance:
             taken = {layer.name: layer.parameters for layer in self.recorder.taken}
             traces = matrix.traces(advance) if isinstance(self.damping, Damping) else dict.fromkeys(taken, 0.0)
+            if not all(map(math.isfinite, traces.values())):
+                return {name: torch.full_like(gradient, math.nan) for name, gradient in gradients.items()}
             damping = absolute_damping(self.damping, traces, taken)
             live = {name: gradient for name, gradient in gradients.items() if damping[name] < float("inf")}
+            if not live:  # no column reaches any layer
+                return {name: torch.zeros_like(gradient) for name, gradient in gradients.items()}
             x = {name: torch.zeros_like(gradient) for name, gradient in live.items()}
             r, whole = dict(live), _dots(live, live)
             z = self._preconditioned(r)
@@ -195,6 +210,10 @@ def _add_gram(gram: Tensor, u: Tensor, factor: float) -> None:
         block = (u[rows] @ u[: start + GRAM_BLOCK].mT).double().mul_(factor)
         gram[rows, : start + GRAM_BLOCK] += block
         gram[:start, rows] += block[:, :start].mT
+
+
+def _finite(vectors: Mapping[str, Tensor]) -> bool:
+    return all(bool(torch.isfinite(values).all()) for values in vectors.values())
 
 
 def _dots(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Tensor:

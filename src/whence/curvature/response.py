@@ -52,8 +52,10 @@ def damped(name: str, layer: LayerCurvature, amount: float) -> Tensor:
     return layer.eigenvalues.double() + amount
 
 
-def spectral_weights(curvature: Curvature, damping: float | Damping, response: Response = "inverse") -> dict[str, Tensor | None]:
-    """Return the weights of every layer, in float64; None where all are one.
+def spectral_weights(
+    curvature: Curvature, damping: float | Damping, response: Response, shapes: Mapping[str, tuple[int, int, int]]
+) -> dict[str, Tensor | None]:
+    """Return the weights of every layer, in float64 `[group, out, in]` of its shape; None where all are one.
 
     A layer without any curvature (no gradient came to it from the fitted rows) weighs nothing under relative damping.
 
@@ -64,7 +66,9 @@ def spectral_weights(curvature: Curvature, damping: float | Damping, response: R
     weights: dict[str, Tensor | None] = {}
     for name, layer in curvature.items():
         if layer.eigenvalues is None:
-            weights[name] = None
+            # Nothing is known of the curvature: as if it were flat, where a run goes as far as its time.
+            zeros = torch.zeros(shapes[name], dtype=torch.float64)
+            weights[name] = response.weights(zeros) if isinstance(response, Unrolled) else None
             continue
         values = damped(name, layer, amounts[name])
         if isinstance(response, Unrolled):

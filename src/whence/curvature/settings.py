@@ -60,6 +60,8 @@ def resolve(damping: DampingLike, response: ResponseLike, *, calibration: Spectr
                 "damping='calibrated' needs a calibration, and this run folder has none for the strategy. "
                 "Call attributor.calibrate(queries, train, bank) with a bank of retrained subsets first."
             )
+        if response not in ("inverse", calibration.response):
+            raise ConfigError(f"damping='calibrated' brings its own response, and response={response!r} was given too; leave one out.")
         return calibration
     if response == "unrolled":
         if training_time is None:

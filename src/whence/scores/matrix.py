@@ -148,10 +148,16 @@ class Scores:
         )
 
     def to_parquet(self, path: str | Path, *, k: int = 100) -> None:
-        """Write each query's `k` strongest proponents and opponents: query, side, rank, train, score."""
+        """Write each query's `k` strongest proponents and opponents: query, side, rank, train, score; rows by index."""
         sides: tuple[Literal["proponent"], Literal["opponent"]] = ("proponent", "opponent")
         rows = [
-            {"query": query, "side": side, "rank": rank, "train": train, "score": score}
+            {
+                "query": query if self.query_rows is None else self.query_rows[query],
+                "side": side,
+                "rank": rank,
+                "train": train,
+                "score": score,
+            }
             for query in range(len(self.values))
             for side, ranked in zip(sides, (self.top(query, k), self.bottom(query, k)), strict=True)
             for rank, (train, score) in enumerate(ranked, start=1)

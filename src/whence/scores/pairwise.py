@@ -95,7 +95,7 @@ class Pairwise:
 
         def explain() -> None:
             for block in queries.blocks():
-                raise_not_finite(self.recorder, queries, block, objective, "Query gradients")
+                raise_not_finite(self.recorder, queries, block, objective, "Query gradients", last=block.stop == len(queries))
 
         return finished(
             self.recorder,

@@ -1,0 +1,76 @@
+"""The verb plan: one library call, and the printing of what it returns."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from whence.cli import output
+from whence.cli.attribute import Flat, RecipeName, open_recipe
+from whence.cli.options import FitOptions, ResponseOptions, RunOptions, ScoreOptions, parse_response
+from whence.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+WIDTH = 110
+
+
+def plan(
+    recipe: RecipeName,
+    /,
+    *,
+    fitting: Annotated[FitOptions, Flat] = FitOptions(),  # noqa: B008  (read only; the parser makes a new one per call)
+    scoring: Annotated[ScoreOptions, Flat] = ScoreOptions(),  # noqa: B008
+    responding: Annotated[ResponseOptions, Flat] = ResponseOptions(),  # noqa: B008
+    on: Literal["loss", "measurement"] = "loss",
+    run: Annotated[RunOptions, Flat] = RunOptions(),  # noqa: B008
+) -> None:
+    """Predict what fit, score and self will cost for a recipe: work, time, memory, disk. Some seconds; nothing is written.
+
+    Args:
+        on: What self-influence is about.
+    """
+    if scoring.solver != "direct":
+        raise ConfigError(f"--solver {scoring.solver} is not planned: its cost depends on how it converges. Plan without it.")
+    response = parse_response(responding.response)
+    attributor, found = open_recipe(recipe, run)
+    made = attributor.plan(
+        _some(found.train, scoring.train_rows, "training"),
+        _some(found.queries, scoring.query_rows, "query") if len(found.queries) else None,
+        strategy=fitting.strategy,
+        empirical=fitting.empirical,
+        max_examples=fitting.max_examples,
+        response=response,
+        query_rank=scoring.query_rank,
+        normalize=scoring.normalize,
+        per_layer=scoring.per_layer,
+        per_token=scoring.per_token,
+        aggregate=scoring.aggregate,
+        on=on,
+        query_batch_size=scoring.query_batch_size,
+        batch_size=run.batch_size,
+    )
+    values = {"recipe": found.name, **made.to_json(), "coverage": output.coverage_facts(attributor)}
+    output.data([*_rendered(made.table()), *made.lines()], values, as_json=run.json)
+    output.message(str(attributor.coverage))
+
+
+def _some(rows: Any, chosen: list[int] | None, what: str) -> Any:
+    """Return the chosen rows of a data set."""
+    if chosen is None:
+        return rows
+    from torch.utils.data import Subset
+
+    from whence.runtime.batches import check_rows
+
+    return Subset(rows, check_rows(chosen, len(rows), f"{what} rows"))
+
+
+def _rendered(table: Table) -> list[str]:
+    """Return a table as lines of plain text, whatever the terminal's width."""
+    from rich.console import Console
+
+    text = io.StringIO()
+    Console(file=text, width=WIDTH).print(table)
+    return [line.rstrip() for line in text.getvalue().splitlines()]
