@@ -13,7 +13,8 @@ from torch import Tensor, nn
 import whence
 
 # 1. Data: sentences of two to seven words; what decides is one word of praise or blame among the others. 0 is padding.
-PLAIN, PRAISE, BLAME = "the film plot cast music was with a long and some of".split(), ["lovely", "great", "witty"], ["dull", "awful", "flat"]
+PLAIN = ["the", "film", "plot", "cast", "music", "was", "with", "a", "long", "and", "some", "of"]
+PRAISE, BLAME = ["lovely", "great", "witty"], ["dull", "awful", "flat"]
 WORDS = ["", *PLAIN, *PRAISE, *BLAME]
 draw = random.Random(0)
 
@@ -26,7 +27,7 @@ def review(wrong: bool) -> dict:
     return {"inputs": {"input_ids": torch.tensor(ids + [0] * (7 - len(ids)))}, "labels": label ^ wrong}
 
 
-train, test = [review(wrong=n % 10 == 0) for n in range(200)], [review(wrong=False) for _ in range(20)]
+train, test = [review(wrong=n % 10 == 0) for n in range(400)], [review(wrong=False) for _ in range(20)]
 
 
 # 2. A model, trained, and its task: the padding mask says which positions are words.
@@ -48,8 +49,8 @@ class Reviews(whence.tasks.Classification):
 torch.manual_seed(0)
 model, task = Reader(), Reviews(inputs="inputs", labels="labels", measurement="margin")
 everything = torch.utils.data.default_collate(train)
-optimizer = torch.optim.Adam(model.parameters(), lr=1e-2, weight_decay=1e-3)
-for _ in range(100):
+optimizer = torch.optim.Adam(model.parameters(), lr=1e-2, weight_decay=1e-2)
+for _ in range(60):
     optimizer.zero_grad()
     task.loss(model, everything).mean().backward()
     optimizer.step()
@@ -63,10 +64,10 @@ def text(row: dict) -> list[str]:
     return [WORDS[i] for i in row["inputs"]["input_ids"].tolist() if i]
 
 
-print("test review:", " ".join(text(test[0])))
-for side, rows in (("helped", scores.top(0, 2)), ("harmed", scores.bottom(0, 2))):
+print("test review:", " ".join(text(test[1])))
+for side, rows in (("helped", scores.top(1, 2)), ("harmed", scores.bottom(1, 2))):
     for row, score in rows:
-        parts = scores.per_token[0, row].tolist()
+        parts = scores.per_token[1, row].tolist()
         words = " ".join(f"{word}({part:+.1f})" for word, part in zip(text(train[row]), parts, strict=False))
         print(f"{side} by row {row:3d}, labelled {['bad', 'good'][train[row]['labels']]}, {score:+.1f}: {words}")
 
@@ -86,4 +87,4 @@ for name, values in found.items():
 
 # 5. Wrong labels: rows whose training harmed the test answers most, all queries together.
 harm = attributor.scores(test, train, aggregate="queries", name="harm").bottom(0, 20)
-print(f"of the 20 rows that harmed most, {sum(row % 10 == 0 for row, _ in harm)} have a wrong label (20 of 200 have)")
+print(f"of the 20 rows that harmed most, {sum(row % 10 == 0 for row, _ in harm)} have a wrong label (40 of 400 have)")

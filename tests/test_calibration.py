@@ -58,7 +58,7 @@ def test_the_truth_is_found_among_candidates(truth: Any, strategy: Any) -> None:
     named: dict[str, Any] = {"response": truth, "damping": 0.0} if isinstance(truth, Unrolled) else {"damping": truth}
     right = attributor.scores(QUERIES, TRAIN, **named).values
     found = attributor.calibrate(QUERIES, TRAIN, bank_of(right, 0.37), candidates=TRUTHS)
-    table = dict((str(spectrum), score) for spectrum, score in found.table)
+    table = {str(spectrum): score for spectrum, score in found.table}
     assert len(table) == len(TRUTHS)
     assert max(table.values()) == pytest.approx(1.0)
     assert sorted(table.values())[-2] < 1 - 1e-6, "the candidates must differ for this test to mean anything"

@@ -326,7 +326,8 @@ def test_times_of_another_number() -> None:
 
 
 @pytest.mark.parametrize(
-    "option", [{"normalize": "cosine"}, {"per_token": True}, {"aggregate": "queries"}, {"query_rank": 1}, {"solver": "cg"}, {"bach_size": 3}]
+    "option",
+    [{"normalize": "cosine"}, {"per_token": True}, {"aggregate": "queries"}, {"query_rank": 1}, {"solver": "cg"}, {"bach_size": 3}],
 )
 def test_options_that_segments_do_not_take_are_no_silence(option: dict[str, Any]) -> None:
     end = model()

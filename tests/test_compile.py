@@ -172,6 +172,22 @@ def test_compiled_solvers_sums_and_moments() -> None:
 
 
 @pytest.mark.slow
+def test_compiled_checkpoints_see_their_own_parameters() -> None:
+    """Parameters are inputs of the graphs, not constants in them."""
+    situation = SITUATIONS["reuse"]
+    model, train, queries = build(situation.factory), vectors(1, 12), vectors(2, BATCH)
+    states = [{name: factor * value for name, value in model.state_dict().items()} for factor in (0.5, 2.0)]
+    sizes: dict[str, Any] = {"batch_size": BATCH, "query_batch_size": BATCH}
+    plain, compiled = (
+        whence.Checkpoints(model, situation.task(), states, device="cpu", progress=False, compile=flag).fit(train, batch_size=BATCH)
+        for flag in (False, True)
+    )
+    assert_close(compiled.scores(queries, train, **sizes).values, plain.scores(queries, train, **sizes).values, "mean", rtol=1e-9)
+    found, wanted = (made.unrolled_scores(queries, train, [1.0, 2.0], **sizes).values for made in (compiled, plain))
+    assert_close(found, wanted, "segments", rtol=1e-9, atol_of_largest=1e-11)
+
+
+@pytest.mark.slow
 def test_a_ragged_last_batch_and_layers_by_name() -> None:
     situation = SITUATIONS["reuse"]
     model, train, queries = build(situation.factory), vectors(1, 11), vectors(2, 3)

@@ -17,7 +17,7 @@ def run(path: Path, folder: Path) -> str:
 
 
 def test_every_example_has_a_test() -> None:
-    assert [path.name for path in EXAMPLES] == ["01_five_lines.py"]
+    assert [path.name for path in EXAMPLES] == ["01_five_lines.py", "02_tokens_and_solvers.py"]
 
 
 def test_the_five_lines_find_like_digits(tmp_path: Path) -> None:

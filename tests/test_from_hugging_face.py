@@ -174,6 +174,7 @@ def trainer_of(case: HFCase, folder: Path, **options: Any) -> tuple[Any, Rates]:
         ),
         data_collator=transformers.DataCollatorWithPadding(tokenizer()),
         train_dataset=case.rows(),
+        eval_dataset=case.rows(),
         callbacks=[rates],
     )
     return trainer, rates
@@ -228,6 +229,25 @@ def test_a_run_that_was_stopped_early(tmp_path: Path) -> None:
     trainer.train()
     assert len(rates.rates) == 3
     assert whence.Attributor.from_trainer(trainer, **OPTIONS).training_time == pytest.approx(sum(rates.rates), rel=1e-9)
+
+
+def test_an_optimizer_and_a_schedule_of_ones_own(tmp_path: Path) -> None:
+    """The Trainer then does not ask its arguments, and neither may the length of training: it is the sum that was really taken."""
+    trainer, rates = trainer_of(BY_NAME["bert"], tmp_path, max_steps=4)
+    optimizer = torch.optim.SGD(trainer.model.parameters(), lr=0.5)
+    trainer.optimizer, trainer.lr_scheduler = optimizer, torch.optim.lr_scheduler.StepLR(optimizer, step_size=2, gamma=0.1)
+    trainer.train()
+    assert rates.rates == pytest.approx([0.5, 0.5, 0.05, 0.05])
+    found = whence.Attributor.from_trainer(trainer, **OPTIONS).training_time
+    assert found is None or found == pytest.approx(sum(rates.rates), rel=1e-6)
+
+
+def test_a_schedule_that_waits_for_the_evaluation(tmp_path: Path) -> None:
+    """What rates it chose cannot be told from the arguments; the Trainer is opened all the same."""
+    trainer, rates = trainer_of(BY_NAME["bert"], tmp_path, max_steps=3, lr_scheduler_type="reduce_lr_on_plateau", eval_strategy="epoch")
+    trainer.train()
+    found = whence.Attributor.from_trainer(trainer, **OPTIONS).training_time
+    assert found is None or found == pytest.approx(sum(rates.rates), rel=1e-6)
 
 
 def test_the_trainers_optimizer_gives_second_moments(tmp_path: Path) -> None:

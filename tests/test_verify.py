@@ -120,10 +120,7 @@ def test_a_layer_used_behind_its_back_is_left_out_and_said_so(name: str) -> None
             continue
         own = list(model.get_submodule(layer).parameters())
         flat = torch.stack(
-            [
-                torch.cat([g.flatten() for g in torch.autograd.grad(F.cross_entropy(model(x[None]), y[None]), own)])
-                for x, y in rows
-            ]
+            [torch.cat([g.flatten() for g in torch.autograd.grad(F.cross_entropy(model(x[None]), y[None]), own)]) for x, y in rows]
         )
         assert_close(values, flat[:3] @ flat.T, layer, rtol=1e-8)
 
@@ -139,13 +136,13 @@ def test_a_named_layer_used_behind_its_back_is_an_error(name: str) -> None:
     assert engine(build(factory), layers=["head"]).self_influence(rows, strategy="identity").shape == (9,)
 
 
-@pytest.mark.parametrize("name", [name for name in STRANGE if name != "attention"])
+@pytest.mark.parametrize("name", STRANGE)
 def test_with_fallback_such_parameters_are_tracked_whole(name: str) -> None:
     factory, strange = STRANGE[name]
     model, rows = build(factory), vectors(1, 6)
     attributor = engine(model, fallback=True)
     found = attributor.self_influence(rows, strategy="identity")
-    own = [p for p in model.parameters()]
+    own = list(model.parameters())
     flat = torch.stack(
         [torch.cat([g.flatten() for g in torch.autograd.grad(F.cross_entropy(model(x[None]), y[None]), own)]) for x, y in rows]
     )
@@ -159,10 +156,13 @@ def test_with_fallback_such_parameters_are_tracked_whole(name: str) -> None:
 
 # These are about gradients of the task's own making, or have layers that are left out for another reason.
 RIGHT = [case for case in EMPIRICAL if case.name not in {"transformed_gradients"}]
+# This model makes float32 numbers of its own, and so is none of bfloat16.
+NOT_NARROW = {"fallback_places_gated"}
+DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+PAIRS = [(case, dtype) for case in RIGHT for dtype in DTYPES if not (dtype == torch.bfloat16 and case.name in NOT_NARROW)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", RIGHT, ids=lambda case: case.name)
+@pytest.mark.parametrize(("case", "dtype"), PAIRS, ids=lambda value: getattr(value, "name", str(value)))
 def test_no_correct_layer_is_dropped(case: Case, dtype: torch.dtype) -> None:
     """The cases' floating-point rows are brought to the model's type, as a user of such a model would."""
     model = case.model()
@@ -170,7 +170,6 @@ def test_no_correct_layer_is_dropped(case: Case, dtype: torch.dtype) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = model.to(dtype)
-
 
     watch(model)
 
@@ -242,6 +241,7 @@ WIDE = [(dtype, scale) for dtype in (torch.float64, torch.float32, torch.bfloat1
 @pytest.mark.parametrize(("dtype", "scale"), [*WIDE, *((torch.float16, scale) for scale in (1e-9, 1e-5, 1.0))], ids=str)
 def test_the_size_of_gradients_is_no_reason(dtype: torch.dtype, scale: float) -> None:
     """Also not where float16's range ends: the engine scales the loss there, so must the check."""
+
     class Shrunk(Classification):
         def loss(self, model: nn.Module, batch: Any) -> Tensor:
             return super().loss(model, batch) * scale

@@ -89,9 +89,9 @@ def exact(setting: Setting, *, relative: float) -> Tensor:
     return setting.scores(strategy="identity", solver="exact", damping=Damping(relative=relative, scope="model"))
 
 
-def cg(setting: Setting, *, relative: float, iterations: int) -> Tensor:
-    """Return scores refined by conjugate gradients on all rows, with one label drawn per row."""
-    solver = ConjugateGradients(iterations=iterations, max_examples=None, draws=1)
+def cg(setting: Setting, *, relative: float, iterations: int, draws: int | None) -> Tensor:
+    """Return scores refined by conjugate gradients on all rows, with labels drawn or with all columns."""
+    solver = ConjugateGradients(iterations=iterations, max_examples=None, draws=draws)
     return setting.scores(strategy="ekfac", solver=solver, damping=Damping(relative=relative, scope="model"))
 
 
@@ -136,7 +136,10 @@ METHODS: dict[str, Method] = {
         average, method=partial(ours, strategy="ekfac", damping=Damping(relative=0.1, scope="model"))
     ),
     "exact, 30 times the model's mean": partial(exact, relative=30.0),
-    **{f"cg, {steps} steps, 30 times the model's mean": partial(cg, relative=30.0, iterations=steps) for steps in (3, 10)},
+    **{
+        f"cg, {steps} steps, {'1 label drawn' if draws else 'all columns'}": partial(cg, relative=30.0, iterations=steps, draws=draws)
+        for steps, draws in ((3, 1), (10, 1), (3, None), (10, None))
+    },
     **{f"ekfac, unrolled, time {time:g}": partial(unrolled, time=time) for time in (1.0, 10.0, 100.0, 1000.0)},
     "ekfac, unrolled over 4 segments": partial(along_the_run, adam=False),
     "ekfac, unrolled over 4 segments, Adam": partial(along_the_run, adam=True),

@@ -194,6 +194,18 @@ def test_sums_are_listed_as_what_they_are(run: Any, here: Path) -> None:
     assert "sums over training rows" in refused.err
 
 
+@pytest.mark.parametrize("aggregate", ["rows", "both"])
+def test_sums_over_rows_name_no_row(run: Any, aggregate: str) -> None:
+    done(run, "fit", MINE)
+    result = done(run, "score", MINE, "--aggregate", aggregate, "--train-rows", "7,3", "--json")
+    scores = whence.Scores.load(result.data["scores"])
+    for ask in (scores.top, scores.bottom):
+        with pytest.raises(whence.errors.ConfigError, match="aggregate"):
+            ask(0, 3)
+    table = result.data.get("table")
+    assert table is None or not Path(table).exists() or parquet.read_table(table).num_rows == 0
+
+
 def test_names_keep_results_apart(run: Any) -> None:
     done(run, "fit", MINE)
     done(run, "score", MINE)

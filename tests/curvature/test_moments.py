@@ -106,9 +106,8 @@ def gradients(model: nn.Module, rows: list, objective: Any) -> dict[str, Tensor]
     found: dict[str, list[Tensor]] = {name: [] for name, _ in model.named_parameters()}
     for x, y in rows:
         value = objective(model, [x[None], y[None]]).sum()
-        for (name, _), gradient in zip(
-            model.named_parameters(), torch.autograd.grad(value, list(model.parameters()), materialize_grads=True, allow_unused=True), strict=True
-        ):
+        parts = torch.autograd.grad(value, list(model.parameters()), materialize_grads=True, allow_unused=True)
+        for (name, _), gradient in zip(model.named_parameters(), parts, strict=True):
             found[name].append(gradient.flatten())
     return {name: torch.stack(parts) for name, parts in found.items()}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,7 +94,6 @@ class Situation:
         with torch.no_grad():
             for number, parameter in enumerate(model.parameters()):
                 parameter += 0.4 * some(number, *parameter.shape)
-
 
         return watch(model)
 
@@ -452,9 +451,8 @@ def test_no_damping_has_no_inverse(situation: Situation, solver: Any) -> None:
 
 
 @pytest.fixture
-def little_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(refine, "free_bytes", lambda device: 10_000)
-    yield
 
 
 @pytest.mark.usefixtures("little_memory")

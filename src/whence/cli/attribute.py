@@ -208,7 +208,7 @@ def _finish(attributor: Attributor, values: dict[str, Any], run: RunOptions) -> 
 
 def _check_sizes(found: Recipe, scores: Scores, folder: Path) -> None:
     """Saved scores name rows by number; with other data they would name other rows."""
-    if scores.settings.get("aggregate") in ("rows", "both"):
+    if scores.sums_rows:
         raise ConfigError(f"{folder} holds sums over training rows, so there are no rows to list. Score again without --aggregate rows.")
     queries, train = scores.values.shape
     stored = (queries, scores.trained_rows or train)

@@ -86,25 +86,19 @@ def _check_loss(trainer: Any, name: str) -> None:
 
 
 def training_time(trainer: Any) -> float | None:
-    """Return the sum of the learning rates over the steps that a Trainer has taken, by its schedule; None before training."""
-    import torch
-    from transformers import get_scheduler
+    """Return the sum of the learning rates over the steps that a Trainer has taken.
 
-    args, steps = trainer.args, int(trainer.state.global_step)
+    It is read off the Trainer's schedule, else off its log where every step was logged. None before training, and where
+    neither tells.
+    """
+    from torch.optim.lr_scheduler import LambdaLR
+
+    steps = int(trainer.state.global_step)
     if steps == 0:
         return None
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
-    total = max(steps, int(trainer.state.max_steps))
-    schedule = get_scheduler(
-        args.lr_scheduler_type,
-        optimizer=optimizer,
-        num_warmup_steps=args.get_warmup_steps(total),
-        num_training_steps=total,
-        scheduler_specific_kwargs=args.lr_scheduler_kwargs,
-    )
-    time = 0.0
-    for _ in range(steps):
-        time += schedule.get_last_lr()[0]
-        optimizer.step()
-        schedule.step()
-    return time
+    schedule = getattr(trainer, "lr_scheduler", None)
+    schedule = getattr(schedule, "scheduler", schedule)  # as accelerate wraps it
+    if type(schedule) is LambdaLR:  # the schedules of transformers, each a function of the step
+        return float(sum(schedule.base_lrs[0] * schedule.lr_lambdas[0](step) for step in range(steps)))
+    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+    return float(sum(rates)) if len(rates) == steps else None

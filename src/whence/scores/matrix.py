@@ -98,8 +98,17 @@ class Scores:
         factor = self.settings.get("scale", 1.0) if scale is None else scale
         return factor * self.values / (self.trained_rows or self.values.shape[1])
 
+    @property
+    def sums_rows(self) -> bool:
+        """Whether the one column is a sum over training rows."""
+        return self.settings.get("aggregate") in ("rows", "both")
+
     def _ranked(self, query: int, k: int, *, descending: bool) -> list[tuple[int, float]]:
         queries = len(self.values)
+        if self.sums_rows:
+            raise ConfigError(
+                f"these scores were computed with aggregate={self.settings['aggregate']!r}: sums over training rows, so no row can be named."
+            )
         if not -queries <= query < queries:
             raise ConfigError(f"query={query} does not exist: there are {queries} queries, numbered 0 to {queries - 1}.")
         if k < 1:
@@ -148,7 +157,15 @@ class Scores:
         )
 
     def to_parquet(self, path: str | Path, *, k: int = 100) -> None:
-        """Write each query's `k` strongest proponents and opponents: query, side, rank, train, score; rows by index."""
+        """Write each query's `k` strongest proponents and opponents: query, side, rank, train, score; rows by index.
+
+        Of scores that were summed over training rows, each query's sum: query, score.
+        """
+        numbers = range(len(self.values)) if self.query_rows is None else self.query_rows
+        if self.sums_rows:
+            sums = [{"query": query, "score": float(value)} for query, value in zip(numbers, self.values[:, 0], strict=False)]
+            write_table_atomic(Path(path), pa.Table.from_pylist(sums))
+            return
         sides: tuple[Literal["proponent"], Literal["opponent"]] = ("proponent", "opponent")
         rows = [
             {

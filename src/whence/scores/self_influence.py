@@ -76,13 +76,17 @@ class SelfInfluence:
             total[first : first + len(scores)] += scores
 
         first = 0
-        for batch in train.batches(block):
-            held.clear()
-            if self.on == "measurement":
-                self.recorder.run(batch, measurement_of(task), hold)
-            self.recorder.run(batch, loss_of(task), partial(consume, first))
-            first += len(batch.ids)
-            advance(len(batch.ids))
+        try:
+            for batch in train.batches(block):
+                held.clear()
+                if self.on == "measurement":
+                    self.recorder.run(batch, measurement_of(task), hold)
+                self.recorder.run(batch, loss_of(task), partial(consume, first))
+                first += len(batch.ids)
+                advance(len(batch.ids))
+        except BaseException:
+            advance(-first)  # the block will be run again, if at all
+            raise
         return {"total": total.cpu(), REACHED: reached(self.recorder.layers, touched)}
 
 
