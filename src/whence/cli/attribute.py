@@ -85,10 +85,15 @@ def score(
     name = scoring.name or (inverse.strategy if scoring.solver == "direct" else scoring.solver)
     folder = _scores_folder(_folder(found, run), name)
     table = folder.with_name(f"{name}_top.parquet")
-    scores.to_parquet(table, k=k)
+    if not scores.sums_rows:
+        scores.to_parquet(table, k=k)
     queries, train = scores.values.shape
     values = {"recipe": found.name, "strategy": inverse.strategy, "damping": inverse.damping}
-    _finish(attributor, values | {"queries": queries, "train": train, "scores": str(folder), "table": str(table)}, run)
+    _finish(
+        attributor,
+        values | {"queries": queries, "train": train, "scores": str(folder), "table": None if scores.sums_rows else str(table)},
+        run,
+    )
 
 
 def self_influence(

@@ -107,7 +107,8 @@ class Scores:
         queries = len(self.values)
         if self.sums_rows:
             raise ConfigError(
-                f"these scores were computed with aggregate={self.settings['aggregate']!r}: sums over training rows, so no row can be named."
+                f"these scores were computed with aggregate={self.settings['aggregate']!r}: they are sums over training rows, "
+                "and no row can be named. Compute them without."
             )
         if not -queries <= query < queries:
             raise ConfigError(f"query={query} does not exist: there are {queries} queries, numbered 0 to {queries - 1}.")
@@ -159,13 +160,9 @@ class Scores:
     def to_parquet(self, path: str | Path, *, k: int = 100) -> None:
         """Write each query's `k` strongest proponents and opponents: query, side, rank, train, score; rows by index.
 
-        Of scores that were summed over training rows, each query's sum: query, score.
+        Raises:
+            ConfigError: the scores were summed over training rows.
         """
-        numbers = range(len(self.values)) if self.query_rows is None else self.query_rows
-        if self.sums_rows:
-            sums = [{"query": query, "score": float(value)} for query, value in zip(numbers, self.values[:, 0], strict=False)]
-            write_table_atomic(Path(path), pa.Table.from_pylist(sums))
-            return
         sides: tuple[Literal["proponent"], Literal["opponent"]] = ("proponent", "opponent")
         rows = [
             {
