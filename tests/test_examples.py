@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -26,3 +27,12 @@ def test_the_five_lines_find_like_digits(tmp_path: Path) -> None:
     digit = first.split(":")[0].removeprefix("test digit ")
     assert f"a {digit}, score +" in first
     assert last.startswith("most unusual training rows: [")
+
+
+def test_tokens_and_solvers_agree(tmp_path: Path) -> None:
+    """The exact solver's scores are those of a converged one, and the words that decide are found."""
+    printed = run(EXAMPLES[1], tmp_path)
+    assert "exact: correlation 1.000 with the exact inverse" in printed
+    of, found = (int(number) for number in re.findall(r"\d+", printed.splitlines()[-1])[:2])
+    assert found >= 15, printed
+    assert of == 20

@@ -29,7 +29,8 @@ def second_moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
         state = optimizer.state.get(parameter, {})
         if "exp_avg_sq" in state:
             group = next(group for group in optimizer.param_groups if any(p is parameter for p in group["params"]))
-            moments[name] = state["exp_avg_sq"] / (1 - group["betas"][1] ** float(state["step"]))
+            # With amsgrad the step is divided by the largest there was.
+            moments[name] = state.get("max_exp_avg_sq", state["exp_avg_sq"]) / (1 - group["betas"][1] ** float(state["step"]))
         elif parameter.requires_grad:
             raise ConfigError(
                 f"{type(optimizer).__name__} holds no second moments (exp_avg_sq) of parameter {name!r}. "
