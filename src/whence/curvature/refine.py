@@ -51,13 +51,14 @@ class ConjugateGradients:
     """Solve with the damped Gauss-Newton matrix by conjugate gradients, preconditioned by the fitted curvature.
 
     Attributes:
-        iterations: most steps; each is a pass over the rows of the matrix.
+        iterations: most steps; each is a pass over the rows of the matrix, once per column. Few are better than many: on
+            the digits three predicted retraining better than ten, and than the exact inverse that they come to.
         tolerance: stop when every query's residual is this small beside its gradient.
         max_examples: training rows that make up the matrix, drawn with the seed; None: all.
         draws: labels drawn from the model per row; None: all columns of the task, exactly.
     """
 
-    iterations: int = 20
+    iterations: int = 3
     tolerance: float = 1e-3
     max_examples: int | None = 1000
     draws: int | None = None
