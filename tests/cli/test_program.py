@@ -31,6 +31,13 @@ def slow():
     return recipe
 """
 
+# What a shell starts in the background ignores Ctrl-C, and so do its children, down to the program under test.
+HEEDS_INTERRUPTS = """
+import runpy, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+runpy.run_module("whence", run_name="__main__", alter_sys=True)
+"""
+
 
 def program(*arguments: str, **more: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*WHENCE, *arguments], capture_output=True, text=True, timeout=300, check=False, **more)
@@ -116,7 +123,12 @@ def test_the_examples_in_the_help_work(here: Path) -> None:
 def test_ctrl_c_ends_with_one_line(here: Path) -> None:
     (here / "slow.py").write_text(SLOW_RECIPE, encoding="utf-8")
     started = subprocess.Popen(
-        [*WHENCE, "fit", "slow.py:slow"], cwd=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, "-c", HEEDS_INTERRUPTS, "fit", "slow.py:slow"],
+        cwd=here,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     assert started.stdout
     assert started.stdout.readline() == "ready\n"
