@@ -94,7 +94,7 @@ def test_a_calibration_belongs_to_its_model(tmp_path: Path) -> None:
         lambda: other.scores(QUERIES, TRAIN, strategy="ekfac", damping="calibrated"),
         lambda: other.self_influence(TRAIN, strategy="ekfac", damping="calibrated"),
     ):
-        with pytest.raises(MismatchError, match=r"ekfac.json was found for another model. Calibrate again"):
+        with pytest.raises(MismatchError, match=r"ekfac.json was found for another model. Call attributor.calibrate"):
             call()
 
 

@@ -75,6 +75,8 @@ class Attributor(Workbench):
     def from_trainer(cls, trainer: Any, *, task: Task | None = None, **options: Any) -> Self:
         """Take model, task, collate function and the length of training from a Hugging Face `Trainer`.
 
+        The length is that of gradient descent. For `response="unrolled"` of a model trained with Adam also give
+        `second_moments=whence.second_moments(model, trainer.optimizer)`; momentum and weight decay are not looked at.
         `options` are those of the class.
 
         Raises:
@@ -162,15 +164,16 @@ class Attributor(Workbench):
         """Score every training row for every query, in one pass over the training rows.
 
         Args:
-            queries, train: rows whose measurement is to be explained, and rows that may explain it.
+            queries, train: rows whose measurement is to be explained, and all rows that the model was trained on.
             strategy: which fitted curvature to use; by default the one fitted last, else the only one in the run folder.
-            damping: a number, `Damping`, `"auto"` (a tenth of each layer's mean eigenvalue) or `"calibrated"`.
+            damping: a number, `Damping`, `"calibrated"`, or `"auto"`: a tenth of each layer's mean eigenvalue, for the solvers
+                30 times the model's.
             response: `"inverse"` for a converged model, `"unrolled"` or `Unrolled` for a run of finite length.
             solver: `"direct"`, `"cg"` or `"exact"`, or `ConjugateGradients` or `Exact` with settings of their own.
             query_rank, normalize, per_layer, per_token, aggregate: see `whence.scores.request.Request`.
             query_rows, train_rows: which rows to take; by default all.
             query_batch_size, batch_size: rows at a time; they change no result beyond rounding.
-            name: folder of these scores in the run folder, by default the strategy's name.
+            name: folder of these scores in the run folder, by default the strategy's name, `"exact"` or `"ekfac-cg"`.
             overwrite: start again if the run folder holds scores of another model, other data or settings.
 
         Raises:
@@ -184,7 +187,10 @@ class Attributor(Workbench):
         # An exact inverse needs no fitted curvature.
         chosen = "identity" if strategy is None and isinstance(plan, Exact) else self._chosen(strategy)
         spectrum = self._spectrum(chosen, damping, response, plan)
-        subsets = {"query rows": query_rows, "train rows": train_rows}
+        subsets = {
+            "query rows": None if query_rows is None else query_set.indices,
+            "train rows": None if train_rows is None else train_set.indices,
+        }
         asked = {
             **request.to_json(),
             **({} if plan is None else plan.to_json()),
@@ -204,6 +210,7 @@ class Attributor(Workbench):
         on: On = "loss",
         train_rows: Sequence[int] | None = None,
         batch_size: Size = "auto",
+        name: str | None = None,
         overwrite: bool = False,
     ) -> Tensor:
         """Return each row's influence on its own loss, `[train]` on the CPU; high for mislabelled and odd rows.
@@ -211,13 +218,13 @@ class Attributor(Workbench):
         Args:
             train: the rows.
             on: `"loss"`, or `"measurement"` for each row's influence on its own measurement, which may be negative.
-            strategy, damping, response, train_rows, batch_size, overwrite: as for `scores`, and so are the errors.
+            strategy, damping, response, train_rows, batch_size, name, overwrite: as for `scores`, and so are the errors.
         """
         rows = self._rows(train, "training", train_rows, batch_size)
         chosen = self._chosen(strategy)
         spectrum = self._spectrum(chosen, damping, response)
-        asked = {} if train_rows is None else {"train rows": list(train_rows)}
-        return self._self_influence(rows, Ask(strategy=chosen, spectrum=spectrum, asked=asked, overwrite=overwrite), on)
+        asked = {} if train_rows is None else {"train rows": list(rows.indices)}
+        return self._self_influence(rows, Ask(strategy=chosen, spectrum=spectrum, asked=asked, name=name, overwrite=overwrite), on)
 
     def plan(self, train: Any, queries: Any = None, **options: Any) -> Plan:
         """Predict what `fit`, `scores` and `self_influence` will cost; options and errors are those of `whence.plan.predict.make_plan`."""

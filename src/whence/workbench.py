@@ -22,7 +22,15 @@ from whence.curvature.moments import layer_scales
 from whence.curvature.refine import GAUSS_NEWTON_DAMPING, ConjugateGradients, Exact, Refinement
 from whence.curvature.response import Unrolled, remainders, spectral_weights
 from whence.curvature.settings import DampingLike, ResponseLike, Spectrum, resolve
-from whence.curvature.stored import Preconditioner, only_strategy, open_factors, preconditioner, stored_curvature
+from whence.curvature.stored import (
+    Preconditioner,
+    keep_calibration,
+    kept_calibration,
+    only_strategy,
+    open_factors,
+    preconditioner,
+    stored_curvature,
+)
 from whence.curvature.strategies import StrategyName, get_strategy
 from whence.errors import ConfigError, LayerError, MismatchError
 from whence.runtime.batches import check_dataset, check_rows
@@ -34,9 +42,9 @@ from whence.scores.matrix import Scores
 from whence.scores.pairwise import Pairwise
 from whence.scores.request import Ask, Request
 from whence.scores.self_influence import On, SelfInfluence
-from whence.storage.run import RunFolder, explain_write_errors, fingerprint_model, fingerprint_tensors, read_json, write_json_atomic
+from whence.storage.run import RunFolder, fingerprint_tensors
 from whence.storage.shards import ShardStore
-from whence.tasks import Task
+from whence.tasks import Task, check_model_and_task
 
 Size = int | Literal["auto"]
 
@@ -62,6 +70,7 @@ class Workbench:
         seed: int = 0,
         progress: bool = True,
     ) -> None:
+        check_model_and_task(model, task)
         self.device = resolve_device(device)
         self.options = CaptureOptions(precision=precision, compile=compile, offload=offload)
         self.model, self.task, self.collate, self.seed = model.to(self.device), task, collate, seed
@@ -148,8 +157,8 @@ class Workbench:
         `Checkpoints.unrolled_scores`.
         """
         rows = self._rows(train, "training", train_rows, batch_size)
-        subsets = {"query rows": query_rows, "train rows": train_rows}
-        asked = {key: list(given) for key, given in subsets.items() if given is not None} | {"trained rows": len(train)}
+        subsets = {"query rows": query_rows, "train rows": None if train_rows is None else rows.indices}
+        asked = {key: [int(row) for row in given] for key, given in subsets.items() if given is not None} | {"trained rows": len(train)}
         ask = Ask(
             strategy=self._chosen(strategy),
             spectrum=Spectrum(damping=damping, response=segment),
@@ -179,7 +188,7 @@ class Workbench:
         with self._session(rows, train=rows.dataset) as (recorder, seen):
             factors = self._factors(ask.strategy, seen)
             settings = self._score_settings(ask, seen, factors) | ({} if on == "loss" else {"on": on})
-            with self._store("self_influence", ask.strategy, settings, ask.overwrite) as store:
+            with self._store("self_influence", ask.folder, settings, ask.overwrite) as store:
                 if not store.complete:
                     weighed = self._preconditioner(factors, ask.spectrum)
                     SelfInfluence(recorder=recorder, preconditioner=weighed, on=on, store=store, stages=self.stages).run(rows)
@@ -229,7 +238,12 @@ class Workbench:
     def _store(self, kind: str, name: str, settings: dict[str, Any], overwrite: bool) -> Iterator[ShardStore]:
         # Nobody else sees a temporary folder, so there is nothing to protect in it.
         replace = overwrite or self._temporary
-        with ShardStore(self.run.sub(kind, name), kind=kind, settings=settings, overwrite=replace) as store:
+        try:
+            opened = ShardStore(self.run.sub(kind, name), kind=kind, settings=settings, overwrite=replace)
+        except MismatchError as error:
+            keep = "" if kind == "factors" else ", or with name='...' to keep both"
+            raise MismatchError(f"{error} Or call with overwrite=True to replace it{keep}.") from None
+        with opened as store:
             yield store
 
     def _chosen(self, strategy: StrategyName | None) -> StrategyName:
@@ -245,26 +259,12 @@ class Workbench:
         if solver is not None and damping == "auto":
             damping = GAUSS_NEWTON_DAMPING
         key = strategy if solver is None else next(iter(solver.to_json()))
-        calibration = self._calibration(key) if damping == "calibrated" else None
+        kept = self.run.sub("calibration", f"{key}.json")
+        calibration = kept_calibration(kept, self.model) if damping == "calibrated" else None
         return resolve(damping, response, calibration=calibration, training_time=self.training_time)
 
-    def _calibration(self, strategy: str) -> Spectrum | None:
-        """Read what was found for a strategy and for this model."""
-        path = self.run.sub("calibration", f"{strategy}.json")
-        if not path.exists():
-            return None
-        kept = read_json(path)
-        if kept["model"] != fingerprint_model(self.model):
-            raise MismatchError(
-                f"{path} was found for another model. Calibrate again with attributor.calibrate(...), or use another run_dir."
-            )
-        return Spectrum.from_json(kept["spectrum"])
-
-    def _keep_calibration(self, strategy: str, spectrum: Spectrum) -> None:
-        path = self.run.sub("calibration", f"{strategy}.json")
-        with explain_write_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        write_json_atomic(path, {"model": fingerprint_model(self.model), "spectrum": spectrum.to_json()})
+    def _keep_calibration(self, key: str, spectrum: Spectrum) -> None:
+        keep_calibration(self.run.sub("calibration", f"{key}.json"), self.model, spectrum)
 
     def _factors(self, strategy: str, seen: Survey) -> ShardStore | None:
         """Open the fitted factors; None for identity, which has none."""

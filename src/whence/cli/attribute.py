@@ -82,7 +82,7 @@ def score(
         overwrite=run.overwrite,
         **vars(scoring),
     )
-    name = scoring.name or (inverse.strategy if scoring.solver == "direct" else scoring.solver)
+    name = scoring.name or {"direct": inverse.strategy, "exact": "exact", "cg": f"{inverse.strategy}-cg"}[scoring.solver]
     folder = _scores_folder(_folder(found, run), name)
     table = folder.with_name(f"{name}_top.parquet")
     if not scores.sums_rows:
@@ -102,6 +102,7 @@ def self_influence(
     *,
     inverse: Annotated[InverseOptions, Flat] = InverseOptions(),  # noqa: B008
     on: Literal["loss", "measurement"] = "loss",
+    name: str | None = None,
     listing: Annotated[ListOptions, Flat] = ListOptions(),  # noqa: B008
     run: Annotated[RunOptions, Flat] = RunOptions(),  # noqa: B008
 ) -> None:
@@ -109,6 +110,7 @@ def self_influence(
 
     Args:
         on: Each row's influence on its own loss, or on its own measurement.
+        name: Folder of these values within the run folder. Default: the strategy's name.
     """
     damping, response = parse_damping(inverse.damping), parse_response(inverse.response)
     attributor, found = open_recipe(recipe, run)
@@ -118,6 +120,7 @@ def self_influence(
         damping=damping,
         response=response,
         on=on,
+        name=name,
         batch_size=run.batch_size,
         overwrite=run.overwrite,
     )
@@ -163,7 +166,8 @@ def top(
     if not folder.exists():
         raise ConfigError(
             f"{folder} does not exist: there are no {strategy} scores to list. "
-            f"Run first: whence score {recipe} --strategy {strategy}, or name another --run-dir or --strategy."
+            f"Run first: whence score {recipe} --strategy {strategy}, "
+            f"or name another --run-dir, --strategy or --name (exact, or {strategy}-cg, for a solver's)."
         )
     scores = Scores.load(folder)
     _check_sizes(found, scores, folder)
@@ -229,6 +233,11 @@ def _check_sizes(found: Recipe, scores: Scores, folder: Path) -> None:
 def _chosen(scores: Scores, query: list[int] | None) -> list[int]:
     if query is None:
         return list(range(min(SHOWN_BY_DEFAULT, len(scores.values))))
+    if scores.query_rows is not None:  # some of the queries were scored: they keep their numbers
+        missing = [q for q in query if q not in scores.query_rows]
+        if missing:
+            raise ConfigError(f"--query {missing[0]}: the scored queries are {', '.join(map(str, scores.query_rows[:20]))}.")
+        return [scores.query_rows.index(q) for q in query]
     for q in query:
         if q >= len(scores.values):
             raise ConfigError(f"--query {q}: there are {len(scores.values)} scored queries, numbered from 0 to {len(scores.values) - 1}.")

@@ -34,7 +34,7 @@ EXAMPLES = {
 # What the library's remedy, a Python call, is on the command line.
 HINTS: dict[type[WhenceError], str] = {
     NotFittedError: " On the command line: whence fit.",
-    MismatchError: " On the command line: --overwrite with the verb that wrote it, or another --run-dir.",
+    MismatchError: " On the command line: --overwrite with the verb that wrote it, or another --name or --run-dir.",
 }
 
 VERBS: dict[str, Callable[..., None]] = {

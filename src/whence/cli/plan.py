@@ -32,7 +32,7 @@ def plan(
         on: What self-influence is about.
     """
     if scoring.solver != "direct":
-        raise ConfigError(f"--solver {scoring.solver} is not planned: its cost depends on how it converges. Plan without it.")
+        raise ConfigError(f"--solver {scoring.solver} is not planned yet; the plan is of the fitted curvature. Leave --solver out.")
     response = parse_response(responding.response)
     attributor, found = open_recipe(recipe, run)
     made = attributor.plan(

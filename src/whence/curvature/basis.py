@@ -82,7 +82,9 @@ def resolve_damping(damping: float | Damping | Literal["auto"]) -> float | Dampi
     if isinstance(damping, Damping):
         return damping
     if isinstance(damping, bool) or not isinstance(damping, int | float) or not 0 <= damping < float("inf"):
-        raise ConfigError(f"damping={damping!r} cannot be used. Give a number of zero or more, 'auto', or whence.Damping(relative=0.1).")
+        raise ConfigError(
+            f"damping={damping!r} cannot be used. Give a number of zero or more, 'auto', 'calibrated', or whence.Damping(relative=0.1)."
+        )
     return float(damping)
 
 

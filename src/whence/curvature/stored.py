@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from whence.capture.pair import IDENTITY, Basis
 from whence.capture.tracking import TrackedLayer
 from whence.curvature.basis import Curvature, LayerCurvature, share_equal
 from whence.curvature.fit import load_curvature
+from whence.curvature.settings import Spectrum
 from whence.curvature.strategies import STRATEGIES, StrategyName
-from whence.errors import NotFittedError
+from whence.errors import MismatchError, NotFittedError
+from whence.storage.run import explain_write_errors, fingerprint_model, read_json, write_json_atomic
 from whence.storage.shards import ShardStore
 
 
@@ -57,8 +59,9 @@ def only_strategy(folder: Path) -> StrategyName:
     fitted = [name for name in STRATEGIES if (folder / name / "manifest.json").exists()]
     if len(fitted) == 1:
         return cast(StrategyName, fitted[0])
-    have = f"factors of {', '.join(fitted)}" if fitted else "no factors"
-    raise NotFittedError(f"{folder} holds {have}: call fit(train, strategy=...) first, or say which with strategy=...")
+    if fitted:
+        raise NotFittedError(f"{folder} holds factors of {', '.join(fitted)}: say which with strategy=...")
+    raise NotFittedError(f"{folder} holds no factors: call fit(train, strategy=...) first, or say strategy='identity', which needs none.")
 
 
 def open_factors(folder: Path, identity: dict[str, Any]) -> ShardStore:
@@ -97,3 +100,28 @@ def preconditioner(
         device=device,
         dtype=dtype,
     )
+
+
+def kept_calibration(path: Path, model: nn.Module) -> Spectrum | None:
+    """Read what a calibration found; None if there was none.
+
+    Raises:
+        MismatchError: it was found for another model. StorageError: the file cannot be read.
+    """
+    if not path.exists():
+        return None
+    kept = read_json(path)
+    if kept["model"] != fingerprint_model(model):
+        raise MismatchError(f"{path} was found for another model. Call attributor.calibrate(...) again, or use another run_dir.")
+    return Spectrum.from_json(kept["spectrum"])
+
+
+def keep_calibration(path: Path, model: nn.Module, spectrum: Spectrum) -> None:
+    """Write what a calibration found for a model.
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
+    with explain_write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_json_atomic(path, {"model": fingerprint_model(model), "spectrum": spectrum.to_json()})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +65,10 @@ def check_rows(rows: Sequence[int] | None, count: int, name: str) -> list[int]:
     """
     if rows is None:
         return list(range(count))
+    if hasattr(rows, "tolist"):  # tensors and arrays
+        rows = rows.tolist()
+    if not isinstance(rows, Iterable) or any(isinstance(row, bool) for row in rows):
+        raise ConfigError(f"{name} must be a list of row indices, not {rows!r:.60}; of a mask, give the indices that are true.")
     try:
         chosen = [operator.index(row) for row in rows]
     except TypeError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -80,10 +81,16 @@ class Ask:
     name: str | None = None
     overwrite: bool = False
 
+    def __post_init__(self) -> None:
+        if self.name is not None and not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", self.name):
+            raise ConfigError(f"name={self.name!r} cannot name a folder; use letters, digits, '.', '_' and '-', as in 'my-scores'.")
+
     @property
     def folder(self) -> str:
-        """Name of the scores' folder."""
-        return self.name or (self.strategy if self.solver is None else next(iter(self.solver.to_json())))
+        """Name of the folder in the run folder."""
+        if self.name is not None or self.solver is None:
+            return self.name or self.strategy
+        return "exact" if isinstance(self.solver, Exact) else f"{self.strategy}-cg"
 
 
 def checked_solver(solver: SolverLike, request: Request, response: ResponseLike) -> Exact | ConjugateGradients | None:

@@ -9,7 +9,7 @@ Plain modules: `Classification`, `Regression`. Hugging Face models: `SequenceCla
 
 from __future__ import annotations
 
-from whence.tasks.base import Masks, Noise, Task
+from whence.tasks.base import Masks, Noise, Task, check_model_and_task
 from whence.tasks.classifiers import MultipleChoice, SequenceClassification, TokenClassification
 from whence.tasks.language import CausalLM, Seq2SeqLM
 from whence.tasks.supervised import Classification, Regression
@@ -25,4 +25,5 @@ __all__ = [
     "SequenceClassification",
     "Task",
     "TokenClassification",
+    "check_model_and_task",
 ]

@@ -80,3 +80,16 @@ class Task:
 
     def prepare(self, model: nn.Module, batch: Any) -> None:
         """Look at the model's output on one batch (under no_grad) before any row is inspected."""
+
+
+def check_model_and_task(model: Any, task: Any) -> None:
+    """Check what a user gave.
+
+    Raises:
+        ConfigError: the model is no module, or the task is no task object.
+    """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model is a {type(model).__name__}; give a torch.nn.Module. Attributor.from_pretrained opens a folder.")
+    if isinstance(task, type) or not isinstance(task, Task):
+        what = f"the class {task.__name__}" if isinstance(task, type) else f"a {type(task).__name__}"
+        raise ConfigError(f"task is {what}; give a task object: whence.tasks.Classification(), or one of your own (whence.tasks.Task).")
