@@ -12,7 +12,7 @@ from torch import Tensor
 from whence.capture.passes import draw_rows
 from whence.curvature.basis import SCOPES, Damping, resolve_damping
 from whence.curvature.fit import Fitter, unfitted
-from whence.curvature.refine import Exact, SolverLike, solver_name
+from whence.curvature.refine import Exact, SolverLike, named_solver
 from whence.curvature.response import Unrolled
 from whence.curvature.settings import DampingLike, ResponseLike, Spectrum
 from whence.curvature.strategies import StrategyName, get_strategy
@@ -259,6 +259,7 @@ class Attributor(Workbench):
             return self.scores(queries, train, strategy=strategy, solver=solver, **named, **options, overwrite=True).values
 
         found = calibrate(values, spectra, bank)
-        key = solver_name(solver) or self._chosen(strategy)
+        plan = named_solver(solver)
+        key = self._chosen(strategy) if plan is None else plan.name
         self._keep_calibration(key, replace(found.damping, scale=found.scale))
         return found

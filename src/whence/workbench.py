@@ -258,7 +258,7 @@ class Workbench:
     ) -> Spectrum:
         if solver is not None and damping == "auto":
             damping = GAUSS_NEWTON_DAMPING
-        key = strategy if solver is None else next(iter(solver.to_json()))
+        key = strategy if solver is None else solver.name
         kept = self.run.sub("calibration", f"{key}.json")
         calibration = kept_calibration(kept, self.model) if damping == "calibrated" else None
         return resolve(damping, response, calibration=calibration, training_time=self.training_time)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -94,11 +94,17 @@ def run_block(
     advance: Callable[[int], None],
     *,
     first: int = 0,
+    before: Callable[[Batch], None] | None = None,
 ) -> None:
-    """Run the batches of a block; `consumer_for(place)` gets the place of a batch's first row, counted from `first`."""
+    """Run the batches of a block; `consumer_for(place)` gets the place of a batch's first row, counted from `first`.
+
+    `before(batch)` is called ahead of each batch's run.
+    """
     place = first
     try:
         for batch in rows.batches(block):
+            if before is not None:
+                before(batch)
             recorder.run(batch, objective, consumer_for(place))
             place += len(batch.ids)
             advance(len(batch.ids))
@@ -135,6 +141,21 @@ def finished(
             explain()
             raise AssertionError("explain() raises")
         recorder.loss_scale /= 16
+
+
+def all_finite(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether no number is NaN or infinite."""
+    return all(bool(torch.isfinite(values).all()) for values in tensors.values())
+
+
+def raise_not_finite_anywhere(recorder: Recorder, rows: Rows, objective: ObjectiveOf, stage: str) -> None:
+    """As `raise_not_finite`, for all blocks in turn.
+
+    Raises:
+        NumericalError: always.
+    """
+    for block in rows.blocks():
+        raise_not_finite(recorder, rows, block, objective, stage, last=block.stop == len(rows))
 
 
 def raise_not_finite(recorder: Recorder, rows: Rows, block: range, objective: ObjectiveOf, stage: str, *, last: bool = True) -> None:

@@ -82,7 +82,10 @@ def score(
         overwrite=run.overwrite,
         **vars(scoring),
     )
-    name = scoring.name or {"direct": inverse.strategy, "exact": "exact", "cg": f"{inverse.strategy}-cg"}[scoring.solver]
+
+    from whence.scores.request import scores_folder
+
+    name = scores_folder(scoring.name, inverse.strategy, scoring.solver)
     folder = _scores_folder(_folder(found, run), name)
     table = folder.with_name(f"{name}_top.parquet")
     if not scores.sums_rows:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from whence.capture.contract import working_set
 from whence.capture.pair import IDENTITY, Basis, LayerGradient
-from whence.capture.passes import Rows, finished, loss_of, raise_not_finite, run_block, sampled_loss_of
+from whence.capture.passes import Rows, all_finite, finished, loss_of, raise_not_finite, run_block, sampled_loss_of
 from whence.capture.recorder import ObjectiveOf, Recorder
 from whence.capture.tracking import TrackedLayer
 from whence.curvature.basis import LayerCurvature, eigenbasis, share_equal
@@ -134,7 +134,7 @@ class Fitter:
             self.recorder,
             self.rows,
             compute,
-            lambda sums: all(bool(torch.isfinite(value).all()) for value in sums.values()),
+            all_finite,
             lambda: raise_not_finite(self.recorder, self.rows, block, objective, f"Fit {name}"),
         )
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from whence.capture.passes import Rows, draw_rows, finished, loss_of, raise_not_finite
+from whence.capture.passes import Rows, all_finite, draw_rows, finished, loss_of, raise_not_finite_anywhere
 from whence.capture.recorder import Recorder
 from whence.curvature.basis import Damping
 from whence.curvature.gauss_newton import GaussNewton, Vectors, absolute_damping
@@ -38,12 +38,14 @@ class Exact:
 
     max_examples: int | None = None
 
+    name: ClassVar[str] = "exact"
+
     def __post_init__(self) -> None:
         _positive(self, "max_examples")
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON values for a manifest."""
-        return {"exact": vars(self)}
+        return {self.name: vars(self)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +65,8 @@ class ConjugateGradients:
     max_examples: int | None = 1000
     draws: int | None = None
 
+    name: ClassVar[str] = "cg"
+
     def __post_init__(self) -> None:
         _positive(self, "iterations", "max_examples", "draws")
         if not 0 <= self.tolerance < 1:
@@ -70,7 +74,7 @@ class ConjugateGradients:
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON values for a manifest."""
-        return {"cg": vars(self)}
+        return {self.name: vars(self)}
 
 
 GAUSS_NEWTON_DAMPING = Damping(relative=30.0, scope="model")
@@ -94,12 +98,6 @@ def named_solver(solver: SolverLike) -> Exact | ConjugateGradients | None:
             f"solver={solver!r} is not known; choose {', '.join(map(repr, SOLVERS))}, whence.Exact(...) or whence.ConjugateGradients(...)."
         )
     return SOLVERS[solver]
-
-
-def solver_name(solver: SolverLike) -> str | None:
-    """Return the solver's name; None for the direct one."""
-    plan = named_solver(solver)
-    return None if plan is None else next(iter(plan.to_json()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,11 +126,10 @@ class Refinement:
             return self._conjugate_gradients(matrix, settings, gradients)
 
         def explain() -> None:
-            for block in rows.blocks():
-                raise_not_finite(self.recorder, rows, block, loss_of(self.recorder.task), "Solve", last=block.stop == len(rows))
+            raise_not_finite_anywhere(self.recorder, rows, loss_of(self.recorder.task), "Solve")
 
         with self.stages.stage("Solve"):
-            return finished(self.recorder, rows, compute, _finite, explain)
+            return finished(self.recorder, rows, compute, all_finite, explain)
 
     def _exact(self, matrix: GaussNewton, gradients: Mapping[str, Tensor]) -> Vectors:
         """`(U^T U + D)^-1 g = D^-1 g - D^-1 U^T (1 + U D^-1 U^T)^-1 U D^-1 g`."""
@@ -211,10 +208,6 @@ def _add_gram(gram: Tensor, u: Tensor, factor: float) -> None:
         block = (u[rows] @ u[: start + GRAM_BLOCK].mT).double().mul_(factor)
         gram[rows, : start + GRAM_BLOCK] += block
         gram[:start, rows] += block[:, :start].mT
-
-
-def _finite(vectors: Mapping[str, Tensor]) -> bool:
-    return all(bool(torch.isfinite(values).all()) for values in vectors.values())
 
 
 def _dots(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Tensor:

@@ -12,7 +12,16 @@ from torch import Tensor
 
 from whence.capture.contract import working_set
 from whence.capture.pair import IDENTITY, Basis, LayerGradient
-from whence.capture.passes import Rows, finished, loss_of, measurement_of, raise_not_finite, run_block
+from whence.capture.passes import (
+    Rows,
+    all_finite,
+    finished,
+    loss_of,
+    measurement_of,
+    raise_not_finite,
+    raise_not_finite_anywhere,
+    run_block,
+)
 from whence.capture.recorder import Recorder
 from whence.capture.tracking import TrackedLayer
 from whence.curvature.stored import Preconditioner
@@ -91,18 +100,12 @@ class Pairwise:
 
     def prepare(self, queries: Rows, train: int) -> Queries:
         """Return the preconditioned queries."""
-        objective = measurement_of(self.recorder.task)
-
-        def explain() -> None:
-            for block in queries.blocks():
-                raise_not_finite(self.recorder, queries, block, objective, "Query gradients", last=block.stop == len(queries))
-
         return finished(
             self.recorder,
             queries,
             partial(self._prepare, queries, train),
             lambda held: all(resident.finite() for resident in held.residents.values()),
-            explain,
+            lambda: raise_not_finite_anywhere(self.recorder, queries, measurement_of(self.recorder.task), "Query gradients"),
         )
 
     def _prepare(self, queries: Rows, train: int) -> Queries:
@@ -150,7 +153,7 @@ class Pairwise:
             self.recorder,
             train,
             partial(self._block, train, held, block, advance),
-            lambda shard: all(bool(torch.isfinite(values).all()) for values in shard.values()),
+            all_finite,
             lambda: raise_not_finite(self.recorder, train, block, objective, "Pairwise scores"),
         )
 

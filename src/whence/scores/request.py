@@ -88,9 +88,12 @@ class Ask:
     @property
     def folder(self) -> str:
         """Name of the folder in the run folder."""
-        if self.name is not None or self.solver is None:
-            return self.name or self.strategy
-        return "exact" if isinstance(self.solver, Exact) else f"{self.strategy}-cg"
+        return scores_folder(self.name, self.strategy, "direct" if self.solver is None else self.solver.name)
+
+
+def scores_folder(name: str | None, strategy: str, solver: str) -> str:
+    """Return the name of the folder of scores: the one given, else one that tells curvature and solver."""
+    return name or {"direct": strategy, "exact": "exact", "cg": f"{strategy}-cg"}[solver]
 
 
 def checked_solver(solver: SolverLike, request: Request, response: ResponseLike) -> Exact | ConjugateGradients | None:

@@ -19,10 +19,11 @@ from torch import Tensor
 
 from whence.capture.contract import working_set
 from whence.capture.pair import Basis, LayerGradient, Pair
-from whence.capture.passes import Rows, finished, loss_of, measurement_of, raise_not_finite
+from whence.capture.passes import Rows, finished, loss_of, measurement_of, raise_not_finite, run_block
 from whence.capture.recorder import Recorder
 from whence.capture.tracking import TrackedLayer
 from whence.curvature.stored import Preconditioner
+from whence.runtime.batches import Batch
 from whence.runtime.progress import Stages
 from whence.scores.block import own_products
 from whence.scores.blocks import REACHED, missing_blocks, reached, write_blocks
@@ -75,18 +76,12 @@ class SelfInfluence:
                 return
             total[first : first + len(scores)] += scores
 
-        first = 0
-        try:
-            for batch in train.batches(block):
-                held.clear()
-                if self.on == "measurement":
-                    self.recorder.run(batch, measurement_of(task), hold)
-                self.recorder.run(batch, loss_of(task), partial(consume, first))
-                first += len(batch.ids)
-                advance(len(batch.ids))
-        except BaseException:
-            advance(-first)  # the block will be run again, if at all
-            raise
+        def measure(batch: Batch) -> None:
+            held.clear()
+            self.recorder.run(batch, measurement_of(task), hold)
+
+        before = measure if self.on == "measurement" else None
+        run_block(self.recorder, train, block, loss_of(task), lambda place: partial(consume, place), advance, before=before)
         return {"total": total.cpu(), REACHED: reached(self.recorder.layers, touched)}
 
 
