@@ -88,12 +88,17 @@ def resolve_damping(damping: float | Damping | Literal["auto"]) -> float | Dampi
     return float(damping)
 
 
-def layer_damping(curvature: Curvature, damping: float | Damping) -> dict[str, float]:
-    """Return the absolute damping of every layer."""
-    known = {name: layer.eigenvalues.double() for name, layer in curvature.items() if layer.eigenvalues is not None}
+def damping_amounts(damping: float | Damping, traces: Mapping[str, float], sizes: Mapping[str, int]) -> dict[str, float]:
+    """Return each layer's absolute damping; relative ones are of the mean eigenvalue, `trace / size`, of a layer or of all."""
     if isinstance(damping, float):
-        return dict.fromkeys(known, damping)
+        return dict.fromkeys(sizes, damping)
     if damping.scope == "layer":
-        return {name: damping.relative * values.mean().item() for name, values in known.items()}
-    total = sum(values.sum().item() for values in known.values())
-    return dict.fromkeys(known, damping.relative * total / max(1, sum(values.numel() for values in known.values())))
+        return {name: damping.relative * (traces[name] / size) for name, size in sizes.items()}
+    return dict.fromkeys(sizes, damping.relative * sum(traces.values()) / max(1, sum(sizes.values())))
+
+
+def layer_damping(curvature: Curvature, damping: float | Damping) -> dict[str, float]:
+    """Return the absolute damping of every layer that has eigenvalues."""
+    known = {name: layer.eigenvalues.double() for name, layer in curvature.items() if layer.eigenvalues is not None}
+    traces = {name: values.sum().item() for name, values in known.items()}
+    return damping_amounts(damping, traces, {name: values.numel() for name, values in known.items()})

@@ -20,7 +20,7 @@ from whence.capture.pair import IDENTITY, LayerGradient, Pair
 from whence.capture.passes import Rows, sampled_loss_of
 from whence.capture.recorder import ObjectiveOf, Recorder
 from whence.capture.tracking import TrackedLayer
-from whence.curvature.basis import Damping
+from whence.curvature.basis import Damping, damping_amounts
 from whence.errors import NumericalError
 from whence.runtime.batches import Batch
 
@@ -126,12 +126,7 @@ def absolute_damping(damping: float | Damping, traces: Mapping[str, float], size
     Raises:
         NumericalError: it is zero, and the matrix has no inverse without damping.
     """
-    if isinstance(damping, float):
-        amounts = dict.fromkeys(sizes, damping)
-    elif damping.scope == "layer":
-        amounts = {name: damping.relative * traces[name] / size for name, size in sizes.items()}
-    else:
-        amounts = dict.fromkeys(sizes, damping.relative * sum(traces.values()) / sum(sizes.values()))
+    amounts = damping_amounts(damping, traces, sizes)
     silent = [name for name, amount in amounts.items() if amount <= 0 and (traces.get(name) or isinstance(damping, float))]
     if silent:
         raise NumericalError(

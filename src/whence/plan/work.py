@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
@@ -20,8 +20,8 @@ from whence.capture.sparse import SparsePair
 from whence.capture.state import Consumer
 from whence.capture.tracking import TrackedLayer
 from whence.plan.asked import NO_SIDES, Asked
-
-Form = Literal["dense", "low_rank", "pairs", "sparse"]
+from whence.scores import resident
+from whence.scores.resident import Form
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,14 +127,11 @@ def _rotated(sizes: Sizes, sides: Sides) -> float:
 
 
 def form_of(seen: Seen, asked: Asked) -> Form:
-    """Return how a layer's queries are held: the choice of `scores/resident.py`."""
+    """Return how a layer's queries are held."""
     rank, summed = asked.request.query_rank, asked.request.sums_queries
-    if seen.entries is not None:
-        return "sparse"
-    plain = not (seen.formed or asked.weighed or summed or rank is not None)
-    if plain and contract.keep_pairs(seen.sizes, NO_SIDES):
-        return "pairs"
-    return "low_rank" if rank is not None and rank < min(seen.sizes.outputs, seen.sizes.inputs) else "dense"
+    return resident.form_of(
+        seen.sizes, sparse=seen.entries is not None, formed=seen.formed, weighed=asked.weighed, rank=rank, summed=summed
+    )
 
 
 def stays_rotated(seen: Seen, asked: Asked) -> bool:

@@ -28,7 +28,7 @@ from whence.curvature.stored import Preconditioner
 from whence.runtime.progress import Stages
 from whence.scores.block import Block, own_products
 from whence.scores.blocks import REACHED, missing_blocks, reached, write_blocks
-from whence.scores.queries import DenseQueries, Plan, Resident
+from whence.scores.queries import DenseQueries, Holding, Resident
 from whence.scores.request import Request
 from whence.scores.resident import make_resident
 from whence.storage.shards import ShardStore
@@ -110,7 +110,7 @@ class Pairwise:
 
     def _prepare(self, queries: Rows, train: int) -> Queries:
         request, device = self.request, queries.device
-        plan = Plan(
+        holding = Holding(
             queries=len(queries),
             train=train,
             budget=working_set(device.type),
@@ -125,12 +125,12 @@ class Pairwise:
             name = layer.name
             basis, weights = self._curvature(name)
             if request.normalize == "cosine":
-                products = own_products(gradient, basis, weights, plan.budget)
+                products = own_products(gradient, basis, weights, holding.budget)
                 norms[first : first + len(products)] += products
             if request.sums_queries:
                 first, gradient = 0, gradient.merged()
             if name not in residents:
-                residents[name] = make_resident(gradient, basis, weights, plan)
+                residents[name] = make_resident(gradient, basis, weights, holding)
             residents[name].fill(first, gradient)
 
         with self.stages.track(len(queries), "Query gradients") as advance:

@@ -127,7 +127,7 @@ def factored(a: Tensor, g: Tensor, values: Tensor, chunk: int) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class Holding:
     """What is known before the first query: how many there are, over how many training rows, and what is asked.
 
     `rank`: keep each query's gradient at that rank; `summed`: add all queries into one; `dense`: keep whole gradients in

@@ -10,7 +10,7 @@ from torch import Tensor
 from whence.capture import contract
 from whence.capture.pair import IDENTITY, Basis, LayerGradient, Pair
 from whence.capture.sparse import SparsePair
-from whence.scores.queries import DenseQueries, Plan, formed
+from whence.scores.queries import DenseQueries, Holding, formed
 
 
 @dataclass(kw_only=True)
@@ -23,16 +23,16 @@ class LowRankQueries:
 
     @classmethod
     def empty(
-        cls, plan: Plan, like: Tensor, shape: tuple[int, int, int], *, basis: Basis, weights: Tensor | None, rotated: bool
+        cls, holding: Holding, like: Tensor, shape: tuple[int, int, int], *, basis: Basis, weights: Tensor | None, rotated: bool
     ) -> LowRankQueries:
         """Make room for the queries of a layer whose gradients have a shape `[group, out, in]`."""
         groups, outputs, inputs = shape
-        assert plan.rank is not None
+        assert holding.rank is not None
         # Used a batch at a time, and never with room for all queries.
-        dense = DenseQueries(values=like.new_zeros(0, *shape), basis=basis, weights=weights, rotated=rotated, budget=plan.budget)
+        dense = DenseQueries(values=like.new_zeros(0, *shape), basis=basis, weights=weights, rotated=rotated, budget=holding.budget)
         return cls(
-            left=like.new_zeros(plan.kept, groups, outputs, plan.rank),
-            right=like.new_zeros(plan.kept, groups, plan.rank, inputs),
+            left=like.new_zeros(holding.kept, groups, outputs, holding.rank),
+            right=like.new_zeros(holding.kept, groups, holding.rank, inputs),
             dense=dense,
         )
 
