@@ -225,17 +225,35 @@ def retrain_bank(
     """
     if masks.dim() != 2 or masks.dtype != torch.bool or not len(masks) or repeats < 1:
         raise ConfigError(f"masks are {masks.dtype} {tuple(masks.shape)}, repeats={repeats}; give bool [subset, train] and 1 or more.")
-    stages = Stages(enabled=False) if stages is None else stages
     key = procedure.key
     specs = [
         RetrainSpec.from_mask(mask, key=key, seed=repeat_seed(seed, 0 if common_seeds else subset, repeat))
         for subset, mask in enumerate(masks)
         for repeat in range(repeats)
     ]
-    # A job is sent once, even if the same subset and seed occur twice.
+    measured = retrain_all(procedure, specs, folder=folder, n_jobs=n_jobs, backend=backend, stages=stages)
+    measurements = torch.stack(measured).unflatten(0, (len(masks), repeats))
+    settings = {"key": key, "repeats": repeats, "seed": seed, "common_seeds": common_seeds}
+    return RetrainBank(masks=masks, measurements=measurements, settings=settings)
+
+
+def retrain_all(
+    procedure: Procedure,
+    specs: Sequence[RetrainSpec],
+    *,
+    folder: str | Path | None = None,
+    n_jobs: int = 1,
+    backend: str = "loky",
+    stages: Stages | None = None,
+) -> list[Tensor]:
+    """Run jobs and return the measurements `[query]` of each, float64, in the order of the jobs.
+
+    Equal jobs run once. Arguments and errors as of `retrain_bank`.
+    """
+    stages = Stages(enabled=False) if stages is None else stages
     jobs = {spec.digest: spec for spec in specs}
     with ExitStack() as stack:
-        store = None if folder is None else stack.enter_context(_jobs(Path(folder), key))
+        store = None if folder is None else stack.enter_context(_jobs(Path(folder), procedure.key))
         done = {} if store is None else {name: store.read(name)["measurements"] for name in store.names if name in jobs}
         missing = [spec for digest, spec in jobs.items() if digest not in done]
         stack.enter_context(stages.stage("Retrain"))
@@ -245,9 +263,7 @@ def retrain_bank(
                 store.write(digest, {"measurements": measured})
             done[digest] = measured
             advance(1)
-    measurements = torch.stack([done[spec.digest] for spec in specs]).unflatten(0, (len(masks), repeats))
-    settings = {"key": key, "repeats": repeats, "seed": seed, "common_seeds": common_seeds}
-    return RetrainBank(masks=masks, measurements=measurements, settings=settings)
+    return [done[spec.digest] for spec in specs]
 
 
 def _jobs(folder: Path, key: str) -> ShardStore:
