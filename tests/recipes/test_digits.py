@@ -8,10 +8,11 @@ import torch
 from whence.errors import ConfigError
 from whence.recipes import digits as d
 from whence.recipes.base import load_recipe
+from whence.recipes.labels import flip_labels
 
 
 def flip(labels: torch.Tensor, seed: int = 0, **options) -> torch.Tensor:
-    return d.flip_labels(labels, **{"share": 0.1, "classes": 10} | options, generator=torch.Generator().manual_seed(seed))
+    return flip_labels(labels, **{"share": 0.1, "classes": 10} | options, generator=torch.Generator().manual_seed(seed))
 
 
 def test_flips_are_exact_in_number_never_to_the_same_class_and_keyed_by_the_seed():

@@ -45,7 +45,7 @@ def open_pretrained(path: str | Path, *, task: Task | None = None) -> tuple[nn.M
     if adapter is not None:
         return _open_adapter(transformers, name, task)
     model, kind = _load(transformers, name, task)
-    return model, _task(task, kind), _collator(model, kind, _tokenizer(transformers, name))
+    return model, _task(task, kind), collator_for(model, kind, _tokenizer(transformers, name))
 
 
 def _checked(path: str | Path) -> str:
@@ -132,7 +132,7 @@ def _open_adapter(transformers: Any, name: str, task: Task | None) -> tuple[nn.M
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.* is deprecated", category=FutureWarning)
         adapted = peft.PeftModel.from_pretrained(model, name, is_trainable=True)
     own = any((Path(name) / file).is_file() for file in _TOKENIZER_FILES)
-    return adapted.eval(), _task(task, kind), _collator(adapted, kind, _tokenizer(transformers, name if own else base))
+    return adapted.eval(), _task(task, kind), collator_for(adapted, kind, _tokenizer(transformers, name if own else base))
 
 
 def _task(task: Task | None, kind: Kind | None) -> Task:
@@ -153,7 +153,8 @@ def _tokenizer(transformers: Any, name: str) -> Any:
         return None
 
 
-def _collator(model: nn.Module, kind: Kind | None, tokenizer: Any) -> Collator:
+def collator_for(model: nn.Module, kind: Kind | None, tokenizer: Any) -> Collator:
+    """Return the collate function of a model of transformers; without a tokenizer rows cannot be padded."""
     inner: Any = bare(model)
     pad = getattr(inner.config, "pad_token_id", None)
     pads = None

@@ -9,20 +9,25 @@ import inspect
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from whence.errors import RecipeError, WhenceError
 from whence.tasks import Task
 
 # Name -> module and object; the module is imported when the recipe is asked for.
-BUILT_IN = {"digits": ("whence.recipes.digits", "digits")}
+BUILT_IN = {
+    "digits": ("whence.recipes.digits", "digits"),
+    "glue": ("whence.recipes.glue", "glue"),
+    "swag": ("whence.recipes.swag", "swag"),
+    "wikitext": ("whence.recipes.wikitext", "wikitext"),
+}
 
 _FORM = "A recipe is a whence.Recipe, or a function without required arguments that returns one."
 
@@ -38,8 +43,16 @@ class Recipe:
         train: training rows, anything with `__len__` and `__getitem__`.
         queries: rows whose measurement is to be explained.
         collate: makes a batch of a list of rows; None: torch's `default_collate`.
-        describe: one line of text about a row, for people.
+        describe: text about a row, for people; it may have several lines.
         layers: which layers to track, as for `whence.Attributor`.
+        layer_sets: lists of layers that can be asked for by a name.
+        raw: training rows as they were read, to be filtered and written again; None: there are none.
+        classes, query_classes: class of every training row and query, int64, where they have one.
+        flipped: which training labels were made wrong on purpose, bool `[train]`.
+        retraining: trains again on some of the training rows and measures the queries; see `whence.evaluate.retrain`.
+        training_time: sum of the learning rates of all training steps.
+        second_moments: safetensors file of Adam's second moments, by parameter name.
+        snapshots: states in the midst of training, each the middle of a segment: file, and sum of its learning rates.
 
     Raises:
         RecipeError: a field cannot be used.
@@ -53,6 +66,15 @@ class Recipe:
     collate: Callable[[list[Any]], Any] | None = None
     describe: Callable[[Any], str] | None = None
     layers: str | Sequence[str] | None = None
+    layer_sets: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    raw: Sequence[dict[str, Any]] | None = None
+    classes: Tensor | None = None
+    query_classes: Tensor | None = None
+    flipped: Tensor | None = None
+    retraining: Any = None
+    training_time: float | None = None
+    second_moments: Path | None = None
+    snapshots: Sequence[tuple[Path, float]] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", self.name):
@@ -76,18 +98,19 @@ class Recipe:
                 raise RecipeError(f"Recipe {self.name}: {field} is {_what(getattr(self, field))}; give a function or None.")
 
 
-def load_recipe(spec: str) -> Recipe:
+def load_recipe(spec: str, **options: Any) -> Recipe:
     """Return the recipe that `spec` names: a built-in name, or `file.py:object`.
 
     The object is a `Recipe`, or a callable without required arguments that returns one. While the file runs, its folder
-    is the first on `sys.path`, as if Python had been started on it.
+    is the first on `sys.path`, as if Python had been started on it. `options` are passed to the callable; for glue, swag
+    and wikitext they are `checkpoint_dir` and the fields of `whence.recipes.settings.DataSettings`.
 
     Raises:
         RecipeError: there is no such name, file or object, it fails, or it is no recipe.
     """
     if spec in BUILT_IN:
         module, name = BUILT_IN[spec]
-        return _as_recipe(getattr(importlib.import_module(module), name), spec)
+        return _as_recipe(getattr(importlib.import_module(module), name), spec, options)
     # From the right: Windows paths have a colon of their own.
     file, colon, name = spec.rpartition(":")
     if not colon or not file.endswith(".py") or not name:
@@ -101,7 +124,7 @@ def load_recipe(spec: str) -> Recipe:
         module_ = _run_file(path, spec)
         if not hasattr(module_, name):
             raise RecipeError(f"recipe {spec!r}: {file} defines no {name!r}. {_candidates(module_, file)}")
-        return _as_recipe(getattr(module_, name), spec)
+        return _as_recipe(getattr(module_, name), spec, options)
 
 
 def _run_file(path: Path, spec: str) -> ModuleType:
@@ -124,15 +147,17 @@ def _run_file(path: Path, spec: str) -> ModuleType:
     return module
 
 
-def _as_recipe(found: Any, spec: str) -> Recipe:
+def _as_recipe(found: Any, spec: str, options: dict[str, Any]) -> Recipe:
     """Return the recipe that an object is or makes."""
     if isinstance(found, Recipe):
+        if options:
+            raise RecipeError(_no_options(spec, options))
         return found
     if not callable(found):
         raise RecipeError(f"recipe {spec!r} is {_what(found)}. {_FORM}")
-    _check_arguments(found, spec)
+    _check_arguments(found, spec, options)
     try:
-        made = found()
+        made = found(**options)
     except WhenceError:
         raise
     except (Exception, SystemExit) as error:
@@ -142,13 +167,22 @@ def _as_recipe(found: Any, spec: str) -> Recipe:
     return made
 
 
-def _check_arguments(factory: Callable[..., Any], spec: str) -> None:
+def _no_options(spec: str, options: dict[str, Any]) -> str:
+    given = ", ".join(f"--{name.replace('_', '-')}" for name in options)
+    return f"recipe {spec!r} takes no {given}. Leave it out, or write a function of that argument."
+
+
+def _check_arguments(factory: Callable[..., Any], spec: str, options: dict[str, Any]) -> None:
     try:
         signature = inspect.signature(factory)
     except ValueError:  # some built-in callables have none; then calling tells
         return
     try:
-        signature.bind()
+        signature.bind_partial(**options)
+    except TypeError:
+        raise RecipeError(_no_options(spec, options)) from None
+    try:
+        signature.bind(**options)
     except TypeError:
         parameters = [p for p in signature.parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
         required = ", ".join(p.name for p in parameters if p.default is p.empty)

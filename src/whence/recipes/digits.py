@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from whence.errors import ConfigError
 from whence.recipes.base import Recipe
+from whence.recipes.labels import flip_labels
 from whence.runtime.device import one_thread
 from whence.storage.fingerprints import fingerprint_source
 from whence.tasks import Classification
@@ -71,24 +71,6 @@ class DigitsData:
     def flipped(self) -> Tensor:
         """Which training labels were flipped, bool `[train]`."""
         return torch.tensor([row.label != row.truth for row in self.train])
-
-
-def flip_labels(labels: Tensor, *, share: float, classes: int, generator: torch.Generator) -> Tensor:
-    """Return labels `[row]` of which `round(share * rows)` are replaced by a uniformly drawn other class.
-
-    Raises:
-        ConfigError: the share is not between 0 and 1, or there is no other class.
-    """
-    if not 0 <= share <= 1:
-        raise ConfigError(f"share={share!r} of the labels cannot be flipped; give a number from 0 to 1.")
-    if classes < 2:
-        raise ConfigError(f"classes={classes!r} leaves no other class to flip a label to; there must be 2 or more.")
-    chosen = torch.randperm(len(labels), generator=generator)[: round(share * len(labels))]
-    # Adding 1 to classes - 1 reaches every class but the present one.
-    steps = torch.randint(1, classes, (len(chosen),), generator=generator)
-    flipped = labels.clone()
-    flipped[chosen] = (labels[chosen] + steps) % classes
-    return flipped
 
 
 def load_data(settings: DigitsSettings = DigitsSettings()) -> DigitsData:

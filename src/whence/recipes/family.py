@@ -1,0 +1,104 @@
+"""What the recipes of Hugging Face models have in common, and what each says for itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Protocol
+
+from whence.errors import DataError
+from whence.recipes.rows import Row, Source
+from whence.recipes.settings import DataSettings, PresetName
+
+TokenizerStyle = Literal["bert", "roberta", "gpt2"]
+
+
+class Family(Protocol):
+    """One recipe: its data, its kind of model, its defaults. Final classes give all of this; none inherits from another."""
+
+    name: ClassVar[str]
+    auto: ClassVar[str]
+    """The class of transformers that loads such models."""
+    style: ClassVar[TokenizerStyle]
+    """Of the tokenizer made for a preset."""
+    layer_sets: ClassVar[dict[str, list[str]]]
+    """Layers by the names under which `--layers` takes them."""
+    joins_rows: ClassVar[bool]
+    """Whether raw rows are joined and cut anew, so that rows are limited after that."""
+
+    def settled(self, data: DataSettings) -> DataSettings:
+        """Return the settings with the recipe's own choices filled in. Raises ConfigError for what it does not know."""
+        ...
+
+    def defaults(self, data: DataSettings, preset: PresetName | None) -> dict[str, Any]:
+        """Return the fields of `TrainingSettings` that the recipe chooses."""
+        ...
+
+    def source(self, data: DataSettings) -> Source:
+        """Return where the data set lies."""
+        ...
+
+    def texts(self, rows: Sequence[Row], data: DataSettings) -> Iterator[str]:
+        """Give all text of raw rows, for a tokenizer to be made from."""
+        ...
+
+    def head(self, rows: Sequence[Row], data: DataSettings) -> dict[str, Any]:
+        """Return what the configuration of a new model says about labels."""
+        ...
+
+    def encode(self, tokenizer: Any, config: Any, rows: Sequence[Row], data: DataSettings) -> list[Row]:
+        """Return rows as the model takes them, each with `"text"`, what people read."""
+        ...
+
+    def preset(self, size: PresetName, tokenizer: Any, data: DataSettings) -> Any:
+        """Return the configuration of a small model for a tokenizer."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Labels:
+    """The classes of a data set: numbers as they are, or names in alphabetical order."""
+
+    names: tuple[str, ...]
+    number: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, values: Sequence[Any]) -> Labels:
+        """Return the classes that occur in a column of labels.
+
+        Raises:
+            DataError: a label is neither a whole number of 0 or more nor text.
+        """
+        if all(isinstance(value, str) for value in values):
+            return cls.named(sorted(set(values)))
+        for number, value in enumerate(values):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise DataError(f"row {number} has the label {value!r}; labels are whole numbers from 0, or all of them text.")
+        return cls.named([str(number) for number in range(max(2, 1 + max(values)))])
+
+    @classmethod
+    def named(cls, names: Sequence[str]) -> Labels:
+        """Return classes of these names, numbered in this order."""
+        return cls(names=tuple(names), number={name: number for number, name in enumerate(names)})
+
+    def config(self) -> dict[str, Any]:
+        """Return what a model's configuration says about them."""
+        return {"id2label": dict(enumerate(self.names)), "label2id": dict(self.number)}
+
+
+def label_number(config: Any, value: Any, number: int) -> int:
+    """Return the number of a row's label by a model's configuration.
+
+    Raises:
+        DataError: the model has no such class.
+    """
+    known = {str(name): int(index) for name, index in (config.label2id or {}).items()}
+    classes = int(config.num_labels)
+    if isinstance(value, str) and value in known:
+        return known[value]
+    if isinstance(value, str) and value.isdecimal():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < classes:
+        names = ", ".join(map(str, list(known)[:8]))
+        raise DataError(f"row {number} has the label {value!r}; the model's {classes} classes are 0 to {classes - 1} ({names}).")
+    return value

@@ -1,0 +1,180 @@
+"""Train a recipe's model, and open what was trained.
+
+A checkpoint folder holds the trained model and its tokenizer as `from_pretrained` reads them, and besides `whence.json`
+(recipe, settings, length of training), `start/` (the untrained model), `second_moments.safetensors` (Adam's), and
+`snapshots/` (states in the midst of training).
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from whence.errors import ConfigError
+from whence.pretrained import open_pretrained
+from whence.pretrained.kinds import need
+from whence.recipes.base import Recipe
+from whence.recipes.family import Family
+from whence.recipes.retraining import START, retraining
+from whence.recipes.rows import Row
+from whence.recipes.settings import DataSettings, TrainingSettings, to_json
+from whence.recipes.splits import collate_of, encode_train, read_splits, read_train, task_of
+from whence.recipes.start import make_start, quiet
+from whence.recipes.training import Trained, freeze, train_model
+from whence.runtime.device import resolve_device
+from whence.runtime.progress import Stages
+from whence.storage.run import explain_write_errors, read_json, write_json_atomic
+from whence.tasks import SequenceClassification
+
+RECORD, MOMENTS, SNAPSHOTS = "whence.json", "second_moments.safetensors", "snapshots"
+
+
+def train_recipe(
+    family: Family,
+    checkpoint_dir: str | Path,
+    *,
+    data: DataSettings,
+    training: TrainingSettings,
+    snapshots: int = 4,
+    overwrite: bool = False,
+    stages: Stages | None = None,
+) -> Recipe:
+    """Train a recipe's model, save it in `checkpoint_dir`, and return the recipe of it.
+
+    Args:
+        family: the recipe.
+        checkpoint_dir: a new or empty folder.
+        data, training: what is None in them is the recipe's choice.
+        snapshots: how many states in the midst of training to keep, for scores over a whole run.
+        overwrite: replace a model that is there.
+        stages: gets the time and shows progress.
+
+    Raises:
+        ConfigError: settings that cannot be used, or the folder holds something. DataError: rows that cannot be used.
+    """
+    folder = Path(checkpoint_dir)
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not overwrite):
+        raise ConfigError(f"{folder} is not empty. Give a new folder as --checkpoint-dir, or --overwrite to replace what is there.")
+    data = family.settled(data)
+    training = training.over(family.defaults(data, training.preset))
+    raw = read_train(family, data)
+    model, tokenizer = make_start(family, raw, data, training)
+    with explain_write_errors(folder):
+        (folder / RECORD).unlink(missing_ok=True)  # the record is written last: without it, the folder is unfinished
+        with quiet(need("transformers")):
+            model.save_pretrained(folder / START)
+        tokenizer.save_pretrained(folder / START)
+    rows = encode_train(family, data, tokenizer, model.config, raw, training.seed).encoded
+    model.to(resolve_device("auto"))
+    trained = train_model(
+        model, rows, collate_of(family, model, tokenizer), training, seed=training.seed, snapshots=snapshots, stages=stages
+    )
+    with explain_write_errors(folder):
+        with quiet(need("transformers")):
+            model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        _keep(folder, trained)
+        write_json_atomic(folder / RECORD, _to_record(family, data, training, trained, len(rows)))
+    return open_finetuned(family, folder, DataSettings())
+
+
+def open_finetuned(family: Family, checkpoint_dir: str | Path | None, data: DataSettings) -> Recipe:
+    """Return the recipe of a checkpoint folder, of `train_recipe` or of your own.
+
+    Args:
+        family: the recipe.
+        checkpoint_dir: the folder, or a name on the hub.
+        data: what is None in it is as at training, else the recipe's choice.
+
+    Raises:
+        ConfigError: no folder, or one of another recipe. DataError: rows that cannot be used.
+    """
+    if checkpoint_dir is None:
+        raise ConfigError(
+            f"the recipe {family.name} needs a trained model: give --checkpoint-dir DIR. "
+            f"whence train {family.name} --checkpoint-dir DIR makes one."
+        )
+    folder = Path(checkpoint_dir)
+    record = _record(family, folder)
+    if record is not None:
+        data = data.over(DataSettings(**_known(DataSettings, record["data"])))
+    data = family.settled(data)
+    with quiet(need("transformers")):
+        model, task, collate = open_pretrained(checkpoint_dir, task=task_of(family, data))
+    tokenizer = need("transformers").AutoTokenizer.from_pretrained(checkpoint_dir)
+    training = None if record is None else TrainingSettings(**_known(TrainingSettings, record["training"]))
+    if training is not None:
+        freeze(model, training.freeze)
+    train, queries = read_splits(family, data, tokenizer, model.config, 0 if training is None else training.seed)
+    recipe = Recipe(
+        name=f"{family.name}-{data.task}",
+        model=model,
+        task=task,
+        train=train.encoded,
+        queries=queries.encoded,
+        collate=collate,
+        describe=_text,
+        layer_sets=family.layer_sets,
+        raw=train.raw,
+        flipped=train.flipped,
+    )
+    config: Any = model.config
+    if isinstance(task, SequenceClassification) and config.num_labels > 1:
+        recipe.classes, recipe.query_classes = (torch.tensor([row["labels"] for row in rows]) for rows in (recipe.train, recipe.queries))
+    if record is not None and training is not None:
+        recipe.training_time, recipe.second_moments = float(record["training_time"]), folder / MOMENTS
+        recipe.snapshots = [(folder / SNAPSHOTS / entry["file"], float(entry["time"])) for entry in record["snapshots"]]
+        recipe.retraining = retraining(family, folder, data, training, train.encoded, queries.encoded)
+    return recipe
+
+
+def _text(row: Row) -> str:
+    return str(row["text"])
+
+
+def _record(family: Family, folder: Path) -> dict[str, Any] | None:
+    """Return what `train_recipe` wrote; None for a folder of your own."""
+    if not (folder / RECORD).is_file():
+        if (folder / START).is_dir():
+            raise ConfigError(f"{folder} is of a training that did not end. Train again: whence train {family.name} --overwrite ...")
+        return None
+    record: dict[str, Any] = read_json(folder / RECORD)
+    if record.get("recipe") != family.name:
+        raise ConfigError(f"{folder} was trained by the recipe {record.get('recipe')!r}, not {family.name!r}. Name that recipe.")
+    return record
+
+
+def _known(kind: type[DataSettings] | type[TrainingSettings], values: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of fields, JSON's lists as tuples."""
+    names = {field.name for field in fields(kind)}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items() if name in names}
+
+
+def _keep(folder: Path, trained: Trained) -> None:
+    safetensors.torch.save_file(trained.moments, folder / MOMENTS)
+    (folder / SNAPSHOTS).mkdir(exist_ok=True)
+    for snapshot in trained.snapshots:
+        safetensors.torch.save_file(snapshot.state, folder / SNAPSHOTS / _file(snapshot.step))
+
+
+def _file(step: int) -> str:
+    return f"step-{step:06d}.safetensors"
+
+
+def _to_record(family: Family, data: DataSettings, training: TrainingSettings, trained: Trained, rows: int) -> dict[str, Any]:
+    settings = to_json(data)
+    for name in ("data", "train_file"):  # found again from another folder
+        path = settings[name]
+        settings[name] = str(Path(path).resolve()) if path is not None and Path(path).exists() else path
+    return {
+        "recipe": family.name,
+        "data": settings,
+        "training": to_json(training),
+        "training_time": trained.time,
+        "train_rows": rows,
+        "snapshots": [{"file": _file(s.step), "step": s.step, "time": s.time} for s in trained.snapshots],
+    }

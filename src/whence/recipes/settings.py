@@ -1,0 +1,124 @@
+"""What a fine-tune is made of: its data, its start and its training."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal, Self
+
+from whence.errors import ConfigError
+
+Measurement = Literal["loss", "margin", "log_odds"]
+PresetName = Literal["tiny", "small"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """Which rows, and how they become tokens. None: as at training, else the recipe's own choice."""
+
+    task: str | None = None
+    """Which task of the recipe, for example rte; glue: sst2, cola, mrpc, qqp, stsb, mnli, qnli, rte, wnli; swag: swag or hellaswag."""
+
+    data: str | None = None
+    """Folder with train and validation files (or of several data sets), or a name on the Hugging Face hub."""
+
+    train_file: str | None = None
+    """File of training rows, instead of the data set's own (parquet, JSON lines, CSV or text)."""
+
+    columns: tuple[str, ...] | None = None
+    """Columns of the text, for data of your own: one or two for glue, the one of the text for wikitext."""
+
+    label: str | None = None
+    """Column of the label, for data of your own."""
+
+    max_length: int | None = None
+    """Longest row in tokens; for wikitext the length of every block."""
+
+    max_train_rows: int | None = None
+    """Take only the first training rows."""
+
+    max_query_rows: int | None = None
+    """Take only the first validation rows as queries."""
+
+    flip: float | None = None
+    """Share of the training labels to replace by a wrong one, to be found again."""
+
+    measurement: Measurement | None = None
+    """What is explained: the loss, minus the log-odds of the label (margin), or those of all tokens (log_odds)."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_length", "max_train_rows", "max_query_rows"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ConfigError(f"{name}={value!r} cannot be used; give a whole number of 1 or more.")
+        if self.flip is not None and not 0 <= self.flip < 1:
+            raise ConfigError(f"flip={self.flip!r} is no share of the labels; give a number from 0 to below 1.")
+        if self.columns is not None and not 1 <= len(self.columns) <= 2:
+            raise ConfigError(f"columns={self.columns!r}: give one or two columns of text.")
+
+    def over(self, other: Self) -> Self:
+        """Return these settings, with those of `other` where these are None."""
+        return replace(self, **{f.name: getattr(other, f.name) for f in fields(self) if getattr(self, f.name) is None})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """How a model is trained, by the Hugging Face Trainer. None: the recipe's own choice."""
+
+    model: str | None = None
+    """Folder or hub name of the pretrained model to start from."""
+
+    preset: PresetName | None = None
+    """Start from a small random model instead, with a tokenizer made from the training text."""
+
+    learning_rate: float | None = None
+    """Highest learning rate."""
+
+    weight_decay: float | None = None
+    """Decoupled weight decay of AdamW."""
+
+    num_train_epochs: float | None = None
+    """Passes over the training rows."""
+
+    train_batch_size: int | None = None
+    """Rows per step."""
+
+    eval_batch_size: int | None = None
+    """Rows at a time when queries are measured."""
+
+    lr_scheduler_type: str = "linear"
+    """Schedule of the learning rate, by the Trainer's name for it."""
+
+    warmup_ratio: float = 0.0
+    """Share of the steps in which the learning rate rises."""
+
+    dropout: float | None = None
+    """Every dropout probability of the model; None: as the model has them. 0 takes noise out of retraining."""
+
+    freeze: tuple[str, ...] = ()
+    """Parameters that are not trained, and so not attributed: names or patterns, for example *embeddings*."""
+
+    seed: int = 1004
+    """Of a new head, a random start, the order of rows and dropout."""
+
+    def __post_init__(self) -> None:
+        if self.model is not None and self.preset is not None:
+            raise ConfigError(f"model={self.model!r} and preset={self.preset!r} are two starts; give one.")
+        for name in ("learning_rate", "num_train_epochs", "train_batch_size", "eval_batch_size"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"{name}={value!r} cannot be used; give a positive number.")
+        for name in ("weight_decay", "warmup_ratio", "dropout"):
+            value = getattr(self, name)
+            if value is not None and (value < 0 or (name != "weight_decay" and value >= 1)):
+                raise ConfigError(
+                    f"{name}={value!r} cannot be used; give a number from 0{'' if name == 'weight_decay' else ' to below 1'}."
+                )
+
+    def over(self, other: dict[str, Any]) -> Self:
+        """Return these settings, with those of `other` where these are None."""
+        return replace(self, **{name: value for name, value in other.items() if getattr(self, name) is None})
+
+
+def to_json(settings: DataSettings | TrainingSettings) -> dict[str, Any]:
+    """Return the fields as JSON values."""
+    return asdict(settings)

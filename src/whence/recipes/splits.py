@@ -1,0 +1,79 @@
+"""The rows of a fine-tune: read, flipped where that is asked for, and encoded; its task and its batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from whence.pretrained.kinds import KINDS, Kind
+from whence.pretrained.loading import collator_for
+from whence.recipes.family import Family
+from whence.recipes.labels import flip_labels
+from whence.recipes.rows import Row, read_split
+from whence.recipes.settings import DataSettings
+from whence.tasks import Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """Raw and encoded rows of one split; blocks of text are their own raw rows."""
+
+    raw: list[Row]
+    encoded: list[Row]
+    flipped: Tensor | None = None
+
+
+def read_splits(family: Family, data: DataSettings, tokenizer: Any, config: Any, seed: int) -> tuple[Split, Split]:
+    """Return training rows and queries; `data` is settled."""
+    train = encode_train(family, data, tokenizer, config, read_train(family, data), seed)
+    limit = None if family.joins_rows else data.max_query_rows
+    raw = read_split(family.source(data), data.data, "validation", limit=limit)
+    return train, _split(family, data, raw, family.encode(tokenizer, config, raw, data), data.max_query_rows)
+
+
+def read_train(family: Family, data: DataSettings) -> list[Row]:
+    """Return the raw training rows, before any label is flipped."""
+    limit = None if family.joins_rows else data.max_train_rows
+    return read_split(family.source(data), data.data, "train", limit=limit, file=data.train_file)
+
+
+def encode_train(family: Family, data: DataSettings, tokenizer: Any, config: Any, raw: list[Row], seed: int) -> Split:
+    """Return the training rows as the model takes them; the labels that are flipped are keyed by the seed."""
+    flipped = None
+    if data.flip:
+        raw, flipped = _flip(raw, str(data.label), data.flip, seed)
+    return replace(_split(family, data, raw, family.encode(tokenizer, config, raw, data), data.max_train_rows), flipped=flipped)
+
+
+def _split(family: Family, data: DataSettings, raw: list[Row], encoded: list[Row], limit: int | None) -> Split:
+    if not family.joins_rows:
+        return Split(raw=raw, encoded=encoded)
+    encoded = encoded[:limit]
+    return Split(raw=[{"text": row["text"]} for row in encoded], encoded=encoded)
+
+
+def _flip(raw: list[Row], label: str, share: float, seed: int) -> tuple[list[Row], Tensor]:
+    values = sorted({row[label] for row in raw})
+    numbers = torch.tensor([values.index(row[label]) for row in raw])
+    generator = torch.Generator().manual_seed(seed)
+    flipped = flip_labels(numbers, share=share, classes=len(values), generator=generator)
+    changed = [{**row, label: values[number]} for row, number in zip(raw, flipped.tolist(), strict=True)]
+    return changed, flipped != numbers
+
+
+def task_of(family: Family, data: DataSettings) -> Task:
+    """Return the task, with the measurement that is asked for."""
+    return _kind(family).task(measurement=str(data.measurement))
+
+
+def collate_of(family: Family, model: Any, tokenizer: Any) -> Callable[[list[Any]], Any]:
+    """Return the collate function of a model of the family."""
+    return collator_for(model, _kind(family), tokenizer)
+
+
+def _kind(family: Family) -> Kind:
+    return next(kind for kind in KINDS if kind.auto == family.auto)

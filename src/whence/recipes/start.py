@@ -1,0 +1,135 @@
+"""Where a fine-tune starts: pretrained weights with a new head, or a small random model with a tokenizer of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from whence.errors import ConfigError
+from whence.pretrained.kinds import need
+from whence.recipes.family import Family, TokenizerStyle
+from whence.recipes.rows import Row
+from whence.recipes.settings import DataSettings, PresetName, TrainingSettings
+
+VOCABULARY = {"tiny": 1000, "small": 8000}
+_SPECIAL: dict[TokenizerStyle, dict[str, str]] = {
+    "bert": {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"},
+    "roberta": {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "mask_token": "<mask>"},
+    "gpt2": {"eos_token": "<|endoftext|>"},
+}
+
+
+def make_start(family: Family, rows: Sequence[Row], data: DataSettings, training: TrainingSettings) -> tuple[Any, Any]:
+    """Return an untrained model and its tokenizer; what is random is keyed by the training's seed.
+
+    Raises:
+        ConfigError: the pretrained model cannot be loaded.
+    """
+    transformers = need("transformers")
+    if training.preset is None:
+        model, tokenizer = _pretrained(transformers, family, rows, data, training)
+    else:
+        tokenizer = make_tokenizer(family.style, family.texts(rows, data), training.preset)
+        config = family.preset(training.preset, tokenizer, data)
+        _set(config, family.head(rows, data))
+        _set_dropout(config, training.dropout)
+        model = _seeded(training.seed, lambda: getattr(transformers, family.auto).from_config(config))
+    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer
+
+
+def load_start(family: Family, folder: Path) -> Any:
+    """Return the untrained model that was saved in a folder."""
+    transformers = need("transformers")
+    with quiet(transformers):
+        return getattr(transformers, family.auto).from_pretrained(folder)
+
+
+def _pretrained(transformers: Any, family: Family, rows: Sequence[Row], data: DataSettings, training: TrainingSettings) -> tuple[Any, Any]:
+    name = str(training.model)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        config = transformers.AutoConfig.from_pretrained(name)
+        _set(config, family.head(rows, data))
+        _set_dropout(config, training.dropout)
+        with quiet(transformers):  # that the head is new is the point
+            model = _seeded(
+                training.seed,
+                lambda: getattr(transformers, family.auto).from_pretrained(name, config=config, dtype=torch.float32),
+            )
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise ConfigError(
+            f"the model {name!r} cannot be loaded: {reason}. Give --model FOLDER_OR_NAME of a pretrained model, check the network, or "
+            "start from a small random one with --preset small."
+        ) from error
+    return model, tokenizer
+
+
+@contextmanager
+def quiet(transformers: Any) -> Iterator[None]:
+    """Keep transformers to errors, and its bars over weights away, for a while."""
+    logging = transformers.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _seeded(seed: int, make: Any) -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return make()
+
+
+def _set(config: Any, values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        setattr(config, name, value)
+
+
+def _set_dropout(config: Any, dropout: float | None) -> None:
+    """Set every dropout probability that a configuration names (`hidden_dropout_prob`, `attn_pdrop`, `classifier_dropout`, ...)."""
+    if dropout is None:
+        return
+    for name, value in list(vars(config).items()):
+        probability = isinstance(value, float) or (value is None and name == "classifier_dropout")
+        if probability and ("dropout" in name or name.endswith("pdrop")):
+            setattr(config, name, dropout)
+
+
+def make_tokenizer(style: TokenizerStyle, texts: Iterator[str], size: PresetName) -> Any:
+    """Return a tokenizer made from text: word pieces in lower case (bert), or bytes in pairs (roberta, gpt2)."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+    special = _SPECIAL[style]
+    options: dict[str, Any] = {"vocab_size": VOCABULARY[size], "special_tokens": list(special.values()), "show_progress": False}
+    if style == "bert":
+        tokenizer = Tokenizer(models.WordPiece(unk_token=special["unk_token"]))
+        tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        tokenizer.decoder = decoders.WordPiece()
+        trainer: Any = trainers.WordPieceTrainer(**options)
+    else:
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), **options)
+    tokenizer.train_from_iterator(texts, trainer)
+    number: dict[str, Any] = {token: tokenizer.token_to_id(token) for token in special.values()}
+    if style == "bert":
+        tokenizer.post_processor = processors.BertProcessing(("[SEP]", number["[SEP]"]), ("[CLS]", number["[CLS]"]))
+    elif style == "roberta":
+        tokenizer.post_processor = processors.RobertaProcessing(("</s>", number["</s>"]), ("<s>", number["<s>"]), add_prefix_space=False)
+    return need("transformers").PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)

@@ -1,0 +1,207 @@
+"""Training by the Hugging Face Trainer, and what a score later needs to know of it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from whence.curvature.moments import second_moments
+from whence.errors import ConfigError
+from whence.pretrained.kinds import need
+from whence.pretrained.trainer import training_time
+from whence.recipes.rows import Row
+from whence.recipes.settings import TrainingSettings
+from whence.runtime.progress import Stages
+from whence.tasks import Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """The model in the midst of its training.
+
+    Attributes:
+        step: optimizer steps taken.
+        time: sum of the learning rates over the segment of the run that it stands for.
+        state: parameters and buffers, on the CPU.
+    """
+
+    step: int
+    time: float
+    state: dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What training leaves besides the model.
+
+    Attributes:
+        time: sum of the learning rates over all steps.
+        moments: Adam's second moments at the end, by parameter name.
+        snapshots: the model at equal distances of the run, each in the middle of its segment.
+    """
+
+    time: float
+    moments: dict[str, Tensor]
+    snapshots: list[Snapshot]
+
+
+def train_model(
+    model: nn.Module,
+    rows: Sequence[Row],
+    collate: Callable[[list[Any]], Any],
+    settings: TrainingSettings,
+    *,
+    seed: int,
+    snapshots: int = 0,
+    stages: Stages | None = None,
+) -> Trained:
+    """Train in place with the Trainer; the model is left on its device, in eval mode.
+
+    The same seed gives the same weights on the same machine; random states of Python, numpy and torch are as before.
+
+    Args:
+        model: from where to start.
+        rows: training rows, encoded.
+        collate: makes a batch of a list of rows.
+        settings: all of them filled in.
+        seed: of the order of rows and of dropout.
+        snapshots: how many states of the run to keep.
+        stages: gets the time and shows progress.
+    """
+    transformers = need("transformers")
+    need("accelerate")
+    freeze(model, settings.freeze)
+    stages = Stages(enabled=False) if stages is None else stages
+    with TemporaryDirectory() as folder, _random_states():
+        trainer = transformers.Trainer(
+            model=model,
+            args=_arguments(transformers, settings, len(rows), seed, folder),
+            train_dataset=rows,
+            data_collator=collate,
+        )
+        trainer.remove_callback(transformers.PrinterCallback)
+        steps = _steps(settings, len(rows))
+        make_keeper = _keeper(transformers, model, trainer, segments(steps, snapshots))
+        with stages.stage("Train"), stages.track(steps, "Training") as advance:
+            keeper = make_keeper(advance)
+            trainer.add_callback(keeper)
+            trainer.train()
+        time = training_time(trainer)
+        assert time is not None
+        moments = second_moments(model, _optimizer(trainer))
+    model.eval()
+    model.zero_grad()
+    return Trained(time=time, moments={name: moment.detach().cpu() for name, moment in moments.items()}, snapshots=keeper.kept)
+
+
+def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Make the parameters of these names or patterns ones that are not trained.
+
+    Raises:
+        ConfigError: a pattern matches none, or none is left to be trained.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ConfigError(f"freeze={pattern!r} matches no parameter; they are named like {', '.join(names[:3])}.")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not any(fnmatchcase(name, pattern) for pattern in patterns))
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(f"freeze={', '.join(patterns)} leaves nothing to be trained. Freeze fewer parameters.")
+
+
+@torch.no_grad()
+def measure(model: nn.Module, task: Task, rows: Sequence[Row], collate: Callable[[list[Any]], Any], batch_size: int) -> Tensor:
+    """Return the task's measurement of every row, float64 `[row]` on the CPU."""
+    device = next(model.parameters()).device
+    task.prepare(model, _moved(collate(list(rows[:1])), device))
+    parts = [
+        task.measurement(model, _moved(collate(list(rows[start : start + batch_size])), device))
+        for start in range(0, len(rows), batch_size)
+    ]
+    return torch.cat(parts).double().cpu()
+
+
+def _moved(batch: Any, device: torch.device) -> Any:
+    return {key: value.to(device) for key, value in batch.items()}
+
+
+def _steps(settings: TrainingSettings, rows: int) -> int:
+    per_epoch = -(-rows // int(settings.train_batch_size or 1))
+    return max(1, int(np.ceil(float(settings.num_train_epochs or 1) * per_epoch)))
+
+
+def segments(steps: int, count: int) -> list[tuple[int, int]]:
+    """Cut a run into `count` equal segments; return the middle and the last step of each."""
+    count = min(count, steps)
+    return [(max(1, round((number + 0.5) * steps / count)), round((number + 1) * steps / count)) for number in range(count)]
+
+
+def _arguments(transformers: Any, settings: TrainingSettings, rows: int, seed: int, folder: str) -> Any:
+    return transformers.TrainingArguments(
+        output_dir=folder,
+        per_device_train_batch_size=settings.train_batch_size,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        num_train_epochs=settings.num_train_epochs,
+        lr_scheduler_type=settings.lr_scheduler_type,
+        warmup_steps=round(settings.warmup_ratio * _steps(settings, rows)),
+        seed=seed,
+        data_seed=seed,
+        optim="adamw_torch",
+        report_to=[],
+        disable_tqdm=True,
+        logging_strategy="no",
+        save_strategy="no",
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+
+
+def _optimizer(trainer: Any) -> Any:
+    return getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # as accelerate wraps it
+
+
+def _keeper(transformers: Any, model: nn.Module, trainer: Any, parts: list[tuple[int, int]]) -> Any:
+    """Return a callback that counts steps and keeps the model's state in the middle of each part of the run."""
+
+    class Keeper(transformers.TrainerCallback):  # type: ignore[misc]
+        def __init__(self, advance: Callable[[int], None]) -> None:
+            self.advance = advance
+            self.kept: list[Snapshot] = []
+            self.before = 0.0
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+            self.advance(1)
+            for middle, last in parts:
+                if state.global_step == middle:
+                    tensors = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+                    self.kept.append(Snapshot(step=middle, time=0.0, state=tensors))
+                if state.global_step == last:
+                    until = training_time(trainer) or 0.0
+                    self.kept[-1] = replace(self.kept[-1], time=until - self.before)
+                    self.before = until
+
+    return Keeper
+
+
+@contextmanager
+def _random_states() -> Iterator[None]:
+    """Give Python, numpy and torch their random states back, which the Trainer sets."""
+    python, numpy_state = random.getstate(), np.random.get_state()
+    devices = range(torch.cuda.device_count())
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy_state)

@@ -1,0 +1,112 @@
+"""WikiText-2: a language model on blocks of text.
+
+Data: https://huggingface.co/datasets/Salesforce/wikitext (S. Merity et al., 2016). A row: `{"text": " = Robert Boulter = "}`
+with its line end. All rows are joined and cut into blocks of `--max-length` tokens, 512 by default; a rest is dropped.
+
+    whence train wikitext --checkpoint-dir checkpoints/wikitext
+    whence fit wikitext --checkpoint-dir checkpoints/wikitext --strategy ekfac --layers seed
+    whence score wikitext --checkpoint-dir checkpoints/wikitext --layers seed
+
+`--layers seed` takes the 48 linear layers of GPT-2's blocks that the published run takes; without it, every layer with a handler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, ClassVar
+
+from whence.errors import ConfigError, DataError
+from whence.recipes.base import Recipe
+from whence.recipes.family import TokenizerStyle
+from whence.recipes.finetune import open_finetuned
+from whence.recipes.rows import Row, Source, need_columns
+from whence.recipes.settings import DataSettings, PresetName
+
+_BLOCKS = ["*.attn.c_attn", "*.attn.c_proj", "*.mlp.c_fc", "*.mlp.c_proj"]
+
+
+@dataclass(frozen=True)
+class WikiText:
+    """The family of plain text and language models."""
+
+    name: ClassVar[str] = "wikitext"
+    auto: ClassVar[str] = "AutoModelForCausalLM"
+    style: ClassVar[TokenizerStyle] = "gpt2"
+    layer_sets: ClassVar[dict[str, list[str]]] = {"seed": _BLOCKS}
+    joins_rows: ClassVar[bool] = True
+
+    def settled(self, data: DataSettings) -> DataSettings:
+        """Fill in what is not said: the column text, blocks of 512, the loss."""
+        if data.flip:
+            raise ConfigError("flip replaces labels, and text has none. Leave --flip out.")
+        if data.measurement == "margin":
+            raise ConfigError("measurement='margin' is for classifiers; choose loss or log_odds.")
+        if data.columns is not None and len(data.columns) != 1:
+            raise ConfigError(f"columns={data.columns!r}: a language model's text is in one column.")
+        settled = data.over(DataSettings(task="wikitext-2-v1", columns=("text",), max_length=512, measurement="loss"))
+        if settled.max_length is not None and settled.max_length < 2:
+            raise ConfigError("max_length=1 leaves nothing to predict; give blocks of 2 tokens or more.")
+        return settled
+
+    def defaults(self, data: DataSettings, preset: PresetName | None) -> dict[str, Any]:
+        """Return the hyper-parameters of the published run: GPT-2, 3 epochs of 3e-5; more for a random start."""
+        return {
+            "model": None if preset else "openai-community/gpt2",
+            "learning_rate": 1e-3 if preset else 3e-5,
+            "weight_decay": 0.01,
+            "num_train_epochs": 3.0,
+            "train_batch_size": 8,
+            "eval_batch_size": 16,
+        }
+
+    def source(self, data: DataSettings) -> Source:
+        """Return where the data set lies; the task is its configuration on the hub, for example wikitext-2-raw-v1."""
+        return Source(folder="wikitext2", hub="Salesforce/wikitext", config=data.task)
+
+    def texts(self, rows: Sequence[Row], data: DataSettings) -> Iterator[str]:
+        """Give each row's text."""
+        (column,) = data.columns or ("text",)
+        need_columns(rows, [column], "data")
+        return (str(row[column]) for row in rows)
+
+    def head(self, rows: Sequence[Row], data: DataSettings) -> dict[str, Any]:
+        """Return nothing: there are no labels."""
+        return {}
+
+    def encode(self, tokenizer: Any, config: Any, rows: Sequence[Row], data: DataSettings) -> list[Row]:
+        """Return blocks: `input_ids` and the text."""
+        length = int(data.max_length or 512)
+        longest = getattr(config, "max_position_embeddings", None)
+        if longest is not None and length > longest:
+            raise ConfigError(f"max_length={length}: the model reads {longest} tokens at most. Give --max-length {longest} or less.")
+        # Text longer than the model takes is cut below, so that the tokenizer need not warn.
+        found = tokenizer(list(self.texts(rows, data)), add_special_tokens=False, verbose=False)["input_ids"]
+        tokens = list(chain.from_iterable(found))
+        blocks = [tokens[start : start + length] for start in range(0, len(tokens) - length + 1, length)]
+        if not blocks:
+            raise DataError(f"the text has {len(tokens)} tokens, too few for a block of {length}. Give more, or a smaller --max-length.")
+        return [{"input_ids": block, "text": tokenizer.decode(block)} for block in blocks]
+
+    def preset(self, size: PresetName, tokenizer: Any, data: DataSettings) -> Any:
+        """Return a GPT-2 of 2 layers 64 wide (tiny) or 4 layers 256 wide (small)."""
+        from transformers import GPT2Config
+
+        layers, width = {"tiny": (2, 64), "small": (4, 256)}[size]
+        end = tokenizer.eos_token_id
+        return GPT2Config(
+            vocab_size=len(tokenizer),
+            n_embd=width,
+            n_layer=layers,
+            n_head=width // 32,
+            n_positions=max(int(data.max_length or 0), 16),
+            bos_token_id=end,
+            eos_token_id=end,
+        )
+
+
+def wikitext(*, checkpoint_dir: str | Path | None = None, **data: Any) -> Recipe:
+    """Open a model trained by `whence train wikitext`, or a checkpoint of your own; see `DataSettings` for the options."""
+    return open_finetuned(WikiText(), checkpoint_dir, DataSettings(**data))
