@@ -10,6 +10,7 @@ from cyclopts import Parameter
 from whence.cli import output
 from whence.cli.options import (
     Count,
+    DataOptions,
     FitOptions,
     InverseOptions,
     ListOptions,
@@ -24,12 +25,16 @@ from whence.cli.options import (
 from whence.errors import ConfigError, MismatchError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
     from whence.attributor import Attributor
     from whence.recipes.base import Recipe
     from whence.scores.matrix import Scores
 
 Flat = Parameter(name="*")
-RECIPE_HELP = "A built-in name (digits), or file.py:object, where the object is a Recipe or a function that returns one."
+RECIPE_HELP = "digits, glue, swag, wikitext, or file.py:object, where the object is a Recipe or a function that returns one."
 RecipeName = Annotated[str, Parameter(name="recipe", help=RECIPE_HELP)]
 
 SHOWN_BY_DEFAULT = 5
@@ -40,10 +45,11 @@ def fit(
     /,
     *,
     fitting: Annotated[FitOptions, Flat] = FitOptions(),  # noqa: B008  (read only; the parser makes a new one per call)
+    data: Annotated[DataOptions, Flat] = DataOptions(),  # noqa: B008
     run: Annotated[RunOptions, Flat] = RunOptions(),  # noqa: B008
 ) -> None:
     """Fit the curvature of a recipe's model on its training rows and store it in the run folder."""
-    attributor, found = open_recipe(recipe, run)
+    attributor, found = open_recipe(recipe, run, data)
     attributor.fit(
         found.train,
         strategy=fitting.strategy,
@@ -63,6 +69,7 @@ def score(
     inverse: Annotated[InverseOptions, Flat] = InverseOptions(),  # noqa: B008
     scoring: Annotated[ScoreOptions, Flat] = ScoreOptions(),  # noqa: B008
     k: Count = 10,
+    data: Annotated[DataOptions, Flat] = DataOptions(),  # noqa: B008
     run: Annotated[RunOptions, Flat] = RunOptions(),  # noqa: B008
 ) -> None:
     """Score every query of a recipe against every training row and store the scores in the run folder.
@@ -71,7 +78,7 @@ def score(
         k: Strongest proponents and opponents per query in the table that is written beside the scores.
     """
     damping, response = parse_damping(inverse.damping), parse_response(inverse.response)
-    attributor, found = open_recipe(recipe, run)
+    attributor, found = open_recipe(recipe, run, data)
     scores = attributor.scores(
         found.queries,
         found.train,
@@ -107,6 +114,7 @@ def self_influence(
     on: Literal["loss", "measurement"] = "loss",
     name: str | None = None,
     listing: Annotated[ListOptions, Flat] = ListOptions(),  # noqa: B008
+    data: Annotated[DataOptions, Flat] = DataOptions(),  # noqa: B008
     run: Annotated[RunOptions, Flat] = RunOptions(),  # noqa: B008
 ) -> None:
     """Rank a recipe's training rows by self-influence: wrong labels and unusual rows come first.
@@ -116,7 +124,7 @@ def self_influence(
         name: Folder of these values within the run folder. Default: the strategy's name.
     """
     damping, response = parse_damping(inverse.damping), parse_response(inverse.response)
-    attributor, found = open_recipe(recipe, run)
+    attributor, found = open_recipe(recipe, run, data)
     values = attributor.self_influence(
         found.train,
         strategy=inverse.strategy,
@@ -149,6 +157,7 @@ def top(
     strategy: Strategy = "ekfac",
     name: str | None = None,
     listing: Annotated[ListOptions, Flat] = ListOptions(),  # noqa: B008
+    data: Annotated[DataOptions, Flat] = DataOptions(),  # noqa: B008
     run_dir: Path | None = None,
     json: Switch = False,
 ) -> None:
@@ -164,7 +173,7 @@ def top(
     from whence.recipes.base import load_recipe
     from whence.scores.matrix import Scores
 
-    found = load_recipe(recipe)
+    found = load_recipe(recipe, **data.given())
     folder = _scores_folder(run_dir or Path("runs") / found.name, name or strategy)
     if not folder.exists():
         raise ConfigError(
@@ -182,27 +191,46 @@ def top(
         output.message(f"queries 0 to {len(chosen) - 1} of {len(scores.values)}; choose others with --query 0,3,7")
 
 
-def open_recipe(spec: str, run: RunOptions) -> tuple[Attributor, Recipe]:
+def open_recipe(spec: str, run: RunOptions, data: DataOptions) -> tuple[Attributor, Recipe]:
     """Load the recipe and bind it to its run folder."""
     from whence.attributor import Attributor
     from whence.recipes.base import load_recipe
 
-    found = load_recipe(spec)
-    layers = "all" if run.layers == ["all"] else run.layers or found.layers
+    found = load_recipe(spec, **data.given())
     attributor = Attributor(
         found.model,
         found.task,
         run_dir=_folder(found, run),
-        layers=layers,
+        layers=_layers(found, run.layers),
         collate=found.collate,
         fallback=run.fallback,
         device=run.device,
         precision=run.precision,
         compile=run.compile,
         offload=run.offload,
+        second_moments=_second_moments(found) if run.adam else None,
+        training_time=found.training_time,
         seed=run.seed,
     )
     return attributor, found
+
+
+def _layers(found: Recipe, asked: list[str] | None) -> str | Sequence[str] | None:
+    if asked is None:
+        return found.layers
+    if asked == ["all"]:
+        return "all"
+    return found.layer_sets[asked[0]] if len(asked) == 1 and asked[0] in found.layer_sets else asked
+
+
+def _second_moments(found: Recipe) -> dict[str, Tensor]:
+    if found.second_moments is None or not found.second_moments.is_file():
+        raise ConfigError(
+            f"--adam: recipe {found.name} has no second moments; they are kept by whence train. Train with it, or leave --adam out."
+        )
+    import safetensors.torch
+
+    return safetensors.torch.load_file(found.second_moments)
 
 
 def _folder(found: Recipe, run: RunOptions) -> Path:
@@ -256,7 +284,7 @@ def _for_query(found: Recipe, scores: Scores, query: int, listing: ListOptions) 
 
 
 def _query_lines(entry: dict[str, Any]) -> list[str]:
-    lines = [f"query {entry['query']}" + (f": {entry['text']}" if entry["text"] else "")]
+    lines = _with_text(f"query {entry['query']}", entry["text"], indent=2, separator=": ")
     for side in ("proponents", "opponents"):
         if side in entry:
             lines += [f"  {side}", *_lines(entry[side], indent=4)]
@@ -273,6 +301,15 @@ def _text(found: Recipe, row: Any) -> str | None:
 
 def _lines(rows: list[dict[str, Any]], *, indent: int = 2) -> list[str]:
     return [
-        f"{'':{indent}}{rank:>3}  train {row['train']:>7}  {row['score']:>+11.4e}  {row['text'] or ''}".rstrip()
+        line
         for rank, row in enumerate(rows, start=1)
+        for line in _with_text(f"{'':{indent}}{rank:>3}  train {row['train']:>7}  {row['score']:>+11.4e}", row["text"], indent=indent + 5)
     ]
+
+
+def _with_text(head: str, text: str | None, *, indent: int, separator: str = "  ") -> list[str]:
+    """Put a line of text behind a heading; several go below it."""
+    parts = (text or "").splitlines()
+    if len(parts) <= 1:
+        return [f"{head}{separator}{parts[0]}" if parts else head]
+    return [head, *(f"{'':{indent}}{part}".rstrip() for part in parts)]

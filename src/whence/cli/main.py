@@ -15,19 +15,29 @@ from typing import Annotated, Any
 from cyclopts import App, CycloptsError, Parameter
 
 import whence
-from whence.cli import attribute, output
+from whence.cli import attribute, evaluate, output
+from whence.cli.clean import clean
 from whence.cli.config import read_config
 from whence.cli.demo import demo
 from whence.cli.plan import plan
+from whence.cli.train import train
 from whence.errors import MismatchError, NotFittedError, NumericalError, StorageError, WhenceError
 
 # One line per verb, shown at the end of its help; the tests run each of them.
 EXAMPLES = {
+    "train": "whence train glue --task rte --preset tiny --checkpoint-dir checkpoints/rte",
     "plan": "whence plan digits --strategy ekfac",
     "fit": "whence fit digits --strategy ekfac --max-examples 256",
     "score": "whence score digits --damping relative:0.1",
     "self": "whence self digits --k 20",
     "top": "whence top digits --query 0,3 --k 5 --bottom",
+    "evaluate lds": "whence evaluate lds digits --scores ekfac --masks 4 --repeats 1",
+    "evaluate counterfactual": "whence evaluate counterfactual digits --scores ekfac --remove 10,20 --mode sum --repeats 1",
+    "evaluate agreement": "whence evaluate agreement runs/digits/scores/ekfac runs/digits/scores/identity",
+    "evaluate mislabeled": "whence evaluate mislabeled digits",
+    "evaluate tail-patch": "whence evaluate tail-patch digits --scores ekfac",
+    "evaluate duplicates": "whence evaluate duplicates digits",
+    "clean": "whence clean digits --drop mislabeled --fraction 0.05 --out cleaned.parquet",
     "demo": "whence demo --out runs/demo",
 }
 
@@ -37,12 +47,17 @@ HINTS: dict[type[WhenceError], str] = {
     MismatchError: " On the command line: --overwrite with the verb that wrote it, or another --name or --run-dir.",
 }
 
+GROUPS = {"evaluate": "Evidence for and against scores: retraining, wrong labels, agreement, checks of minutes."}
+
 VERBS: dict[str, Callable[..., None]] = {
+    "train": train,
     "plan": plan,
     "fit": attribute.fit,
     "score": attribute.score,
     "self": attribute.self_influence,
     "top": attribute.top,
+    **{f"evaluate {name}": verb for name, verb in evaluate.VERBS.items()},
+    "clean": clean,
     "demo": demo,
 }
 
@@ -57,8 +72,13 @@ def make_app() -> App:
         version=f"whence {whence.__version__}",
         suppress_keyboard_interrupt=False,
     )
+    groups: dict[str, App] = {"": app}
     for name, verb in VERBS.items():
-        app.command(verb, name=name, help_epilogue=f"Example: {EXAMPLES[name]}")
+        group, _, last = name.rpartition(" ")
+        if group not in groups:
+            groups[group] = App(name=group, help=GROUPS[group], help_format="plaintext")
+            app.command(groups[group])
+        groups[group].command(verb, name=last, help_epilogue=f"Example: {EXAMPLES[name]}")
     return app
 
 
@@ -104,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _report(error: Exception, given: list[str]) -> int:
     """Write one message for an error and return the exit status."""
     if isinstance(error, CycloptsError):
-        verb = next((token for token in given if token in EXAMPLES), None)
+        verb = next((name for name in EXAMPLES if name.split() == given[: len(name.split())]), None)
         output.message(f"whence: {' '.join(str(error).split())} See: whence {verb + ' ' if verb else ''}--help")
         return 2
     if isinstance(error, WhenceError):

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
-from cyclopts import Parameter
+from cyclopts import Parameter, validators
 
 from whence.errors import ConfigError
+from whence.recipes.settings import DataSettings, Measurement, PresetName, TrainingSettings  # noqa: F401  (inherited annotations are resolved here)
 
 if TYPE_CHECKING:
     from cyclopts import Token
@@ -118,6 +119,73 @@ def parse_damping(text: str) -> float | Literal["auto", "calibrated"] | Damping:
     return Damping(relative=value, scope=cast(Literal["layer", "model"], scope or "layer"))
 
 
+Share = Annotated[float, Parameter(validator=validators.Number(gte=0, lte=1))]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions(DataSettings):
+    """Which trained model, and which data; for recipes that ask for them (glue, swag, wikitext)."""
+
+    checkpoint_dir: Path | None = None
+    """Folder of the trained model: of whence train, or a checkpoint of your own."""
+
+    columns: Names | None = None  # type: ignore[assignment]  # a list on the command line
+    """Columns of the text, for data of your own: one or two for glue, the one of the text for wikitext."""
+
+    max_length: Count | None = None
+    """Longest row in tokens; for wikitext the length of every block."""
+
+    max_train_rows: Count | None = None
+    """Take only the first training rows."""
+
+    max_query_rows: Count | None = None
+    """Take only the first validation rows as queries."""
+
+    def given(self) -> dict[str, Any]:
+        """Return the options that were given."""
+        values = {name: value for name, value in vars(self).items() if value is not None}
+        return values | ({} if self.columns is None else {"columns": tuple(self.columns)})
+
+    def settings(self) -> DataSettings:
+        """Return the options about data."""
+        return DataSettings(**{name: value for name, value in self.given().items() if name != "checkpoint_dir"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(TrainingSettings):
+    """How a model is trained."""
+
+    train_batch_size: Count | None = None
+    """Rows per step."""
+
+    eval_batch_size: Count | None = None
+    """Rows at a time when queries are measured."""
+
+    freeze: Names = field(default_factory=list)  # type: ignore[assignment]  # a list on the command line
+    """Parameters that are not trained, and so not attributed: names or patterns, for example *embeddings*."""
+
+    seed: Whole = 1004
+    """Of a new head, a random start, the order of rows and dropout."""
+
+    def settings(self) -> TrainingSettings:
+        """Return the options as the library takes them."""
+        return TrainingSettings(**{**vars(self), "freeze": tuple(self.freeze)})
+
+
+@dataclass(kw_only=True)
+class RetrainOptions:
+    """How models are trained again."""
+
+    repeats: Count = 5
+    """Trainings per subset, with different seeds."""
+
+    jobs: int = 1
+    """Trainings at a time; -1 uses every core."""
+
+    backend: Literal["loky", "threading", "dask", "ray"] = "loky"
+    """Where joblib runs them: processes here, or a cluster of dask or ray."""
+
+
 @dataclass(kw_only=True)
 class RunOptions:
     """Which run, on which device."""
@@ -126,7 +194,8 @@ class RunOptions:
     """Run folder. Default: runs/NAME, after the recipe's name."""
 
     layers: Names | None = None
-    """Layers to track: names or patterns, separated by commas, or all. Default: the recipe's choice, else all but embeddings and heads."""
+    """Layers to track: names or patterns, separated by commas, all, or a list that the recipe names (wikitext: seed). Default: all
+    but embeddings and heads as wide as the vocabulary."""
 
     fallback: Switch = False
     """Also track parameters without a handler, one backward pass per example."""
@@ -142,6 +211,9 @@ class RunOptions:
 
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of products; float32 is the model's own. Sums are float32 at least."""
+
+    adam: Switch = False
+    """Scale gradients as Adam's steps were, by the second moments that whence train keeps."""
 
     compile: Switch = False
     """Run the model through torch.compile."""

@@ -7,7 +7,14 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.table import Table
+
     from whence.attributor import Attributor
+    from whence.runtime.progress import Stages
+
+WIDTH = 110
 
 
 def message(text: str) -> None:
@@ -36,9 +43,35 @@ def coverage_facts(attributor: Attributor) -> dict[str, Any]:
     return {"share": coverage.share, "tracked": list(coverage.tracked), "left_out": left_out}
 
 
-def closing(attributor: Attributor) -> None:
-    """Write the table of stages and the coverage to standard error; every verb that computes ends with them."""
+def stage_table(stages: Stages) -> None:
+    """Write the table of stages to standard error."""
     from rich.console import Console
 
-    Console(stderr=True).print(attributor.stages.table())
+    Console(stderr=True).print(stages.table())
+
+
+def closing(attributor: Attributor) -> None:
+    """Write the table of stages and the coverage to standard error; every verb that computes ends with them."""
+    stage_table(attributor.stages)
     message(str(attributor.coverage))
+
+
+def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a table: the first column to the left, the others to the right."""
+    widths = [max(len(row[place]) for row in (headings, *rows)) for place in range(len(headings))]
+    lines = []
+    for row in (headings, *rows):
+        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        lines.append("  ".join([row[0].ljust(widths[0]), *cells[1:]]).rstrip())
+    return lines
+
+
+def rendered(table: Table) -> list[str]:
+    """Return the lines of a rich table."""
+    import io
+
+    from rich.console import Console
+
+    buffer = io.StringIO()
+    Console(file=buffer, width=WIDTH).print(table)
+    return [line.rstrip() for line in buffer.getvalue().splitlines()]

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import io
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from whence.cli import output
 from whence.cli.attribute import Flat, RecipeName, open_recipe
-from whence.cli.options import FitOptions, ResponseOptions, RunOptions, ScoreOptions, parse_response
+from whence.cli.options import DataOptions, FitOptions, ResponseOptions, RunOptions, ScoreOptions, parse_response
 from whence.errors import ConfigError
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-WIDTH = 110
 
 
 def plan(
@@ -24,6 +18,7 @@ def plan(
     scoring: Annotated[ScoreOptions, Flat] = ScoreOptions(),  # noqa: B008
     responding: Annotated[ResponseOptions, Flat] = ResponseOptions(),  # noqa: B008
     on: Literal["loss", "measurement"] = "loss",
+    data: Annotated[DataOptions, Flat] = DataOptions(),  # noqa: B008
     run: Annotated[RunOptions, Flat] = RunOptions(),  # noqa: B008
 ) -> None:
     """Predict what fit, score and self will cost for a recipe: work, time, memory, disk. Some seconds; nothing is written.
@@ -34,7 +29,7 @@ def plan(
     if scoring.solver != "direct":
         raise ConfigError(f"--solver {scoring.solver} is not planned yet; the plan is of the fitted curvature. Leave --solver out.")
     response = parse_response(responding.response)
-    attributor, found = open_recipe(recipe, run)
+    attributor, found = open_recipe(recipe, run, data)
     made = attributor.plan(
         _some(found.train, scoring.train_rows, "training"),
         _some(found.queries, scoring.query_rows, "query") if len(found.queries) else None,
@@ -52,7 +47,7 @@ def plan(
         batch_size=run.batch_size,
     )
     values = {"recipe": found.name, **made.to_json(), "coverage": output.coverage_facts(attributor)}
-    output.data([*_rendered(made.table()), *made.lines()], values, as_json=run.json)
+    output.data([*output.rendered(made.table()), *made.lines()], values, as_json=run.json)
     output.message(str(attributor.coverage))
 
 
@@ -65,12 +60,3 @@ def _some(rows: Any, chosen: list[int] | None, what: str) -> Any:
     from whence.runtime.batches import check_rows
 
     return Subset(rows, check_rows(chosen, len(rows), f"{what} rows"))
-
-
-def _rendered(table: Table) -> list[str]:
-    """Return a table as lines of plain text, whatever the terminal's width."""
-    from rich.console import Console
-
-    text = io.StringIO()
-    Console(file=text, width=WIDTH).print(table)
-    return [line.rstrip() for line in text.getvalue().splitlines()]

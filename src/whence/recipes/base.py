@@ -87,15 +87,15 @@ class Recipe:
             raise RecipeError(
                 f"Recipe {self.name}: task is {_what(self.task)}; give a whence.tasks.Task, for example whence.tasks.Classification()."
             )
-        for field in ("train", "queries"):
-            rows = getattr(self, field)
+        for name in ("train", "queries"):
+            rows = getattr(self, name)
             if not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):
                 raise RecipeError(
-                    f"Recipe {self.name}: {field} is {_what(rows)}; give rows with __len__ and __getitem__: a list or a map-style data set."
+                    f"Recipe {self.name}: {name} is {_what(rows)}; give rows with __len__ and __getitem__: a list or a map-style data set."
                 )
-        for field in ("collate", "describe"):
-            if getattr(self, field) is not None and not callable(getattr(self, field)):
-                raise RecipeError(f"Recipe {self.name}: {field} is {_what(getattr(self, field))}; give a function or None.")
+        for name in ("collate", "describe"):
+            if getattr(self, name) is not None and not callable(getattr(self, name)):
+                raise RecipeError(f"Recipe {self.name}: {name} is {_what(getattr(self, name))}; give a function or None.")
 
 
 def load_recipe(spec: str, **options: Any) -> Recipe:

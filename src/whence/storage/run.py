@@ -76,13 +76,14 @@ def write_bytes_atomic(path: Path, data: bytes) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
         finally:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Bring a folder's names to disk."""
     # A renamed file survives a power cut only once its folder is on disk too; only POSIX lets one ask for that.
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
@@ -174,7 +175,7 @@ class RunFolder:
                 with FileLock(self.path / ".run.lock", timeout=_LOCK_WAIT_S):
                     for left_over in self.path.glob(".run.json.*.tmp"):
                         left_over.unlink(missing_ok=True)
-                    record = json.loads(json.dumps(_provenance() | dict(entry), default=str))
+                    record = json.loads(json.dumps(provenance() | dict(entry), default=str))
                     write_json_atomic(path, [*_read_records(path), record])
             except Timeout:
                 raise StorageError(f"{path} is being written by another process for {_LOCK_WAIT_S:.0f} s. Wait for it to end.") from None
@@ -192,7 +193,8 @@ def _read_records(path: Path) -> list[Any]:
         raise StorageError(f"{path} is not a list of records in JSON ({error}). Move it away and run again.") from error
 
 
-def _provenance() -> dict[str, Any]:
+def provenance() -> dict[str, Any]:
+    """Return what a record of a run says of its making: command, settings, versions, git commit, time."""
     versions = {"torch": torch.__version__, "python": platform.python_version(), "numpy": np.__version__}
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         versions = {"whence": importlib.metadata.version("whence")} | versions

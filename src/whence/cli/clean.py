@@ -1,0 +1,69 @@
+"""The verb clean: one library call, and the printing of what it returns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from whence.cli import output
+from whence.cli.attribute import Flat, RecipeName, open_recipe
+from whence.cli.options import Count, DataOptions, InverseOptions, RunOptions, Switch, parse_damping, parse_response
+
+
+def clean(
+    recipe: RecipeName,
+    /,
+    *,
+    out: Path,
+    drop: Literal["mislabeled", "harmful", "duplicates"] = "mislabeled",
+    fraction: float = 0.05,
+    keep_share: float = 0.5,
+    scores: str | None = None,
+    retrain: Switch = False,
+    repeats: Count = 3,
+    jobs: Count = 1,
+    inverse: Annotated[InverseOptions, Flat] = InverseOptions(),  # noqa: B008  (read only; the parser makes a new one per call)
+    data: Annotated[DataOptions, Flat] = DataOptions(),  # noqa: B008
+    run: Annotated[RunOptions, Flat] = RunOptions(),  # noqa: B008
+) -> None:
+    """Write a recipe's training data without the rows that do most harm, with a record of what went and why.
+
+    Exact copies of a row go or stay together.
+
+    Args:
+        out: Where to: NAME.parquet, NAME.jsonl, or a folder for a data set that datasets.load_from_disk reads.
+        drop: mislabeled: the highest self-influence. harmful: rows that raise the queries' measurements, summed over queries.
+            duplicates: all exact copies of a row but the first, whatever the fraction.
+        fraction: Share of the rows to drop.
+        keep_share: Share of every class that is kept in any case.
+        scores: Name of scores or self-influence in the run folder, if they were given one.
+        retrain: Train again on what is left, and say what it bought against all rows and against random rows dropped.
+        repeats: Trainings of each kind.
+        jobs: Trainings at a time.
+    """
+    damping, response = parse_damping(inverse.damping), parse_response(inverse.response)
+
+    from whence.evaluate.cleaned import check_out
+    from whence.evidence.clean import clean_recipe
+
+    check_out(out, overwrite=run.overwrite)  # before any long work
+    attributor, found = open_recipe(recipe, run, data)
+    result = clean_recipe(
+        found,
+        attributor,
+        out=out,
+        drop=drop,
+        fraction=fraction,
+        keep_share=keep_share,
+        strategy=inverse.strategy,
+        damping=damping,
+        response=response,
+        name=scores,
+        repeats=repeats if retrain else 0,
+        jobs=jobs,
+        batch_size=run.batch_size,
+        overwrite=run.overwrite,
+    )
+    output.data(result.lines(), {"recipe": found.name, "drop": drop, **result.to_json()}, as_json=run.json)
+    output.message(f"rows that stay: {result.written.path}; those that went: {result.written.dropped}; how: {result.written.provenance}")
+    output.closing(attributor)

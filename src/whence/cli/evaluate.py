@@ -1,0 +1,288 @@
+"""The verbs of `whence evaluate`: evidence for and against scores, with the cheap baselines in every table."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+from whence.cli import output
+from whence.cli.attribute import Flat, RecipeName, open_recipe
+from whence.cli.options import (
+    Count,
+    DataOptions,
+    InverseOptions,
+    Names,
+    Numbers,
+    RetrainOptions,
+    RunOptions,
+    Share,
+    Switch,
+    parse_damping,
+)
+from whence.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from whence.attributor import Attributor
+    from whence.evaluate.estimates import Estimate
+    from whence.recipes.base import Recipe
+
+ScoreNames = Annotated[Names, Parameter(help="Scores to judge, by the names of their folders in the run folder: ekfac,identity.")]
+_MEASURES = {"Spearman": "spearman", "Pearson": "pearson", "overlap of the top": "overlap"}
+Plot = Annotated[Path | None, Parameter(help="Also draw the result into this file, .png or .svg.")]
+
+
+def lds(
+    recipe: RecipeName,
+    /,
+    *,
+    scores: ScoreNames,
+    masks: Count = 100,
+    share: Share = 0.5,
+    retraining: Annotated[RetrainOptions, Flat] = RetrainOptions(),  # noqa: B008  (read only; the parser makes a new one per call)
+    data: Annotated[DataOptions, Flat] = DataOptions(),  # noqa: B008
+    run: Annotated[RunOptions, Flat] = RunOptions(),  # noqa: B008
+) -> None:
+    """Linear datamodeling score: do scores rank models that were trained on random subsets? Interrupted, it continues.
+
+    Args:
+        masks: How many subsets.
+        share: Share of the training rows in each.
+    """
+    from whence.evidence.compare import lds_table
+
+    attributor, found, orders = _orders(recipe, run, data, scores)
+    made = lds_table(
+        attributor,
+        found,
+        orders,
+        masks=masks,
+        share=share,
+        repeats=retraining.repeats,
+        seed=run.seed,
+        n_jobs=retraining.jobs,
+        backend=retraining.backend,
+    )
+    figures = made.to_json()
+    rows = [
+        [name, f"{one['lds']:.3f}", _interval(one["interval"]), "{:+.3f} [{:+.3f}, {:+.3f}]".format(*one["minus_first"] or [math.nan] * 3)]
+        for name, one in figures["methods"].items()
+    ]
+    trust, ceiling = figures["reliability"], figures["ceiling"]
+    known = "reliability unknown with one repeat" if trust is None else f"reliability {trust:.3f}, ceiling {ceiling:.3f}"
+    lines = [
+        f"LDS on {figures['subsets']} subsets, {figures['repeats']} retrains each, {figures['queries']} queries; {known}",
+        *output.table(["scores", "LDS", "95% interval", f"less {scores[0]}"], rows),
+    ]
+    output.data(lines, {"recipe": found.name, **figures}, as_json=run.json)
+    output.stage_table(attributor.stages)
+
+
+def counterfactual(
+    recipe: RecipeName,
+    /,
+    *,
+    scores: ScoreNames,
+    remove: Numbers,
+    mode: Literal["each", "sum"] = "each",
+    queries: Numbers | None = None,
+    plot: Plot = None,
+    retraining: Annotated[RetrainOptions, Flat] = RetrainOptions(repeats=3),  # noqa: B008
+    data: Annotated[DataOptions, Flat] = DataOptions(),  # noqa: B008
+    run: Annotated[RunOptions, Flat] = RunOptions(),  # noqa: B008
+) -> None:
+    """Remove the training rows that helped most, train again, and see how much worse queries get.
+
+    Args:
+        remove: How many rows, for example 20,40,60.
+        mode: each: for every query its own rows. sum: the rows of the scores' sum over the queries, once for all.
+        queries: Queries to take, for example 0,3,7. Default: all.
+    """
+    from whence.evidence.compare import counterfactual_of
+
+    attributor, found, orders = _orders(recipe, run, data, scores)
+    result = counterfactual_of(
+        attributor,
+        found,
+        orders,
+        remove=remove,
+        mode=mode,
+        queries=queries,
+        repeats=retraining.repeats,
+        seed=run.seed,
+        n_jobs=retraining.jobs,
+        backend=retraining.backend,
+    )
+    if plot is not None:
+        from whence.report.counterfactual import counterfactual_picture
+
+        counterfactual_picture(plot, result)
+    output.data(output.rendered(result.table()), {"recipe": found.name, **result.to_json()}, as_json=run.json)
+    output.stage_table(attributor.stages)
+
+
+def agreement(first: Path, second: Path, /, *, query: Numbers | None = None, plot: Plot = None, json: Switch = False) -> None:
+    """How well two files of scores agree, for example of float32 and bfloat16: correlation per query, overlap of the top ten.
+
+    Args:
+        first: Folder of scores, for example runs/mine/scores/ekfac.
+        second: Folder of scores of the same queries and rows.
+        query: Queries to draw. Default: the first.
+        json: Print the data as JSON.
+    """
+    from whence.evaluate.agreement import agreement as agree
+    from whence.scores.matrix import Scores
+
+    one, other = Scores.load(first).values, Scores.load(second).values
+    found = agree(one, other)
+    chosen = query or [0]
+    if max(chosen) >= len(one):
+        raise ConfigError(f"--query {max(chosen)}: there are {len(one)} queries, numbered from 0 to {len(one) - 1}.")
+    if plot is not None:
+        from whence.report.scatter import scatter_picture
+
+        title = f"{'query' if len(chosen) == 1 else 'queries'} {', '.join(map(str, chosen[:8]))}"
+        scatter_picture(plot, one[chosen].flatten(), other[chosen].flatten(), x_label=str(first), y_label=str(second), title=title)
+    figures = found.to_json()
+    rows = [[name, f"{figures[key]['mean']:.4f}", _interval(figures[key]["interval"])] for name, key in _MEASURES.items()]
+    lines = [
+        f"{figures['queries']} queries, {found.left_out} left out",
+        *output.table(["mean over queries", "value", "95% interval"], rows),
+    ]
+    output.data(lines, figures, as_json=json)
+
+
+def mislabeled(
+    recipe: RecipeName,
+    /,
+    *,
+    inverse: Annotated[InverseOptions, Flat] = InverseOptions(),  # noqa: B008
+    plot: Plot = None,
+    data: Annotated[DataOptions, Flat] = DataOptions(),  # noqa: B008
+    run: Annotated[RunOptions, Flat] = RunOptions(),  # noqa: B008
+) -> None:
+    """How well self-influence finds labels that were made wrong on purpose (whence train --flip), next to loss and chance."""
+    from whence.evidence.compare import suspicious_orders
+
+    damping = parse_damping(inverse.damping)
+    attributor, found = open_recipe(recipe, run, data)
+    flipped = _flipped(found)
+    orders = suspicious_orders(attributor, found, strategy=inverse.strategy, damping=damping)
+
+    from whence.evaluate.mislabeled import recall_curve
+
+    curves = {name: recall_curve(values, flipped) for name, values in orders.items()}
+    marks = (0.05, 0.1, 0.2, 0.3)
+    figures = {name: {"auc": _auc(orders[name], flipped), **{f"{m:.0%}": curve.at(m) for m in marks}} for name, curve in curves.items()}
+    if plot is not None:
+        from whence.report.recall import recall_picture
+
+        recall_picture(plot, curves)
+    rows = [[name, f"{one['auc']:.3f}", *(f"{one[f'{m:.0%}']:.1%}" for m in marks)] for name, one in figures.items()]
+    lines = [
+        f"{int(flipped.sum())} of {len(flipped)} labels are wrong; share of them among the rows that are looked at first",
+        *output.table(["ranking", "AUC", *(f"first {m:.0%}" for m in marks)], rows),
+    ]
+    output.data(lines, {"recipe": found.name, "flipped": int(flipped.sum()), "rankings": figures}, as_json=run.json)
+    output.closing(attributor)
+
+
+def tail_patch(
+    recipe: RecipeName,
+    /,
+    *,
+    scores: ScoreNames,
+    k: Count = 10,
+    learning_rate: float = 1e-3,
+    queries: Numbers | None = None,
+    data: Annotated[DataOptions, Flat] = DataOptions(),  # noqa: B008
+    run: Annotated[RunOptions, Flat] = RunOptions(),  # noqa: B008
+) -> None:
+    """Take one more step on each query's strongest rows: how far does its measurement fall? A check of minutes, without retraining.
+
+    Args:
+        k: Rows per query.
+        learning_rate: Of the one step of plain gradient descent.
+        queries: Queries to take, for example 0,3,7. Default: the first twenty.
+    """
+    from whence.evidence.compare import tail_patch_of
+
+    attributor, found, orders = _orders(recipe, run, data, scores)
+    result = tail_patch_of(attributor, found, orders, k=k, learning_rate=learning_rate, queries=queries)
+    rows = [[name, *_with_interval(result.fall(name))] for name in result.falls]
+    lines = [
+        f"{len(result.before)} queries, their measurement {float(result.before.mean()):.4g} on average",
+        *output.table(["order", f"fall after a step on {k} rows", "95% interval"], rows),
+    ]
+    output.data(lines, {"recipe": found.name, **result.to_json()}, as_json=run.json)
+    output.stage_table(attributor.stages)
+
+
+def duplicates(
+    recipe: RecipeName,
+    /,
+    *,
+    inverse: Annotated[InverseOptions, Flat] = InverseOptions(),  # noqa: B008
+    count: Count = 20,
+    data: Annotated[DataOptions, Flat] = DataOptions(),  # noqa: B008
+    run: Annotated[RunOptions, Flat] = RunOptions(),  # noqa: B008
+) -> None:
+    """Ask for training rows themselves: is each one's own copy at the top? A check of seconds.
+
+    Args:
+        count: Training rows that are asked for, drawn with the seed.
+    """
+    from whence.evidence.compare import duplicates_of
+
+    damping = parse_damping(inverse.damping)
+    attributor, found = open_recipe(recipe, run, data)
+    results = duplicates_of(attributor, found, count=count, strategy=inverse.strategy, damping=damping, seed=run.seed)
+    rows = [[name, *(f"{value:.3f}" for value in one.to_json().values())] for name, one in results.items()]
+    headings = ["scores", *next(iter(results.values())).to_json()]
+    output.data(
+        output.table(headings, rows), {"recipe": found.name, "scores": {n: o.to_json() for n, o in results.items()}}, as_json=run.json
+    )
+    output.closing(attributor)
+
+
+def _orders(recipe: str, run: RunOptions, data: DataOptions, names: list[str]) -> tuple[Attributor, Recipe, dict[str, Tensor]]:
+    """Open a recipe and read the scores to be judged, then make the baselines."""
+    from whence.evidence.compare import baseline_scores, saved_scores
+
+    attributor, found = open_recipe(recipe, run, data)
+    saved = saved_scores(attributor, found, names)
+    return attributor, found, saved | baseline_scores(attributor, found, seed=run.seed)
+
+
+def _flipped(found: Recipe) -> Tensor:
+    if found.flipped is None or not found.flipped.any():
+        raise ConfigError(f"recipe {found.name} has no labels that were made wrong on purpose. Train one with whence train --flip 0.1.")
+    return found.flipped
+
+
+def _interval(ends: list[float] | None) -> str:
+    return "" if ends is None else "[{:.3f}, {:.3f}]".format(*ends)
+
+
+def _with_interval(estimate: Estimate) -> list[str]:
+    return [f"{estimate.value:.4g}", _interval([estimate.low, estimate.high])]
+
+
+def _auc(values: Tensor, flipped: Tensor) -> float:
+    from sklearn.metrics import roc_auc_score
+
+    return float(roc_auc_score(flipped.numpy(), values.numpy()))
+
+
+VERBS: dict[str, Any] = {
+    "lds": lds,
+    "counterfactual": counterfactual,
+    "agreement": agreement,
+    "mislabeled": mislabeled,
+    "tail-patch": tail_patch,
+    "duplicates": duplicates,
+}

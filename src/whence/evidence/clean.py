@@ -1,0 +1,124 @@
+"""From a recipe to a cleaned data set: scores, a decision, files, and what it bought."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from whence.attributor import Attributor
+from whence.errors import RecipeError
+from whence.evaluate.clean import copy_numbers, decide, duplicate_groups, harmful_scores
+from whence.evaluate.clean_effect import Effect, retrain_cleaned
+from whence.evaluate.cleaned import Cleaned, check_out, write_cleaned
+from whence.evaluate.decision import Decision
+from whence.recipes.base import Recipe
+
+Drop = Literal["mislabeled", "harmful", "duplicates"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CleanResult:
+    """A cleaned data set.
+
+    Attributes:
+        decision: which rows go and why.
+        written: the files.
+        flipped: how many of the dropped labels were flipped on purpose, and how many there are; None if none were.
+        effect: what training again showed; None if it was not asked for.
+    """
+
+    decision: Decision
+    written: Cleaned
+    flipped: tuple[int, int] | None
+    effect: Effect | None
+
+    def lines(self) -> list[str]:
+        """Return the summary for people."""
+        lines = self.decision.lines()
+        if self.flipped is not None:
+            lines.append(f"{self.flipped[0]:,} of the dropped labels were flipped on purpose, of {self.flipped[1]:,} flipped in all")
+        return lines + ([] if self.effect is None else self.effect.lines())
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the summary as JSON values."""
+        return {
+            **self.decision.to_json(),
+            "files": self.written.to_json(),
+            "flipped": None if self.flipped is None else {"dropped": self.flipped[0], "in_all": self.flipped[1]},
+            "effect": None if self.effect is None else self.effect.to_json(),
+        }
+
+
+def clean_recipe(
+    recipe: Recipe,
+    attributor: Attributor,
+    *,
+    out: str | Path,
+    drop: Drop = "mislabeled",
+    fraction: float = 0.05,
+    keep_share: float = 0.5,
+    name: str | None = None,
+    repeats: int = 0,
+    jobs: int = 1,
+    overwrite: bool = False,
+    **options: Any,
+) -> CleanResult:
+    """Drop training rows of a recipe by their scores, write the rest, and train again if `repeats` is not 0.
+
+    Args:
+        recipe: with `raw`, the raw row of every training row; with `retraining`, to train again.
+        attributor: bound to the recipe's model; fitted.
+        out, overwrite: as of `whence.evaluate.cleaned.write_cleaned`.
+        drop: `"mislabeled"`, `"harmful"` or `"duplicates"`.
+        fraction, keep_share: as of `whence.evaluate.clean.decide`.
+        name: of the scores in the run folder.
+        repeats, jobs: as of `whence.evaluate.clean_effect.retrain_cleaned`.
+        options: of `Attributor.scores` and `Attributor.self_influence`.
+
+    Raises:
+        RecipeError: the recipe has no raw rows, or cannot be trained again.
+    """
+    check_out(Path(out), overwrite=overwrite)
+    rows = _rows(recipe)
+    if repeats and recipe.retraining is None:
+        raise RecipeError(f"recipe {recipe.name} cannot be trained again: it has no `retraining`. Leave --retrain out.")
+    groups = duplicate_groups(rows)
+    classes: Tensor | None = recipe.classes
+    if drop == "duplicates":
+        decision = decide(copy_numbers(groups), threshold=1, classes=classes, keep_share=0.0)
+    elif drop == "harmful":
+        harm = harmful_scores(attributor.scores(recipe.queries, recipe.train, name=name, overwrite=overwrite, **options).values)
+        decision = decide(harm, fraction=fraction, floor=0.0, classes=classes, keep_share=keep_share, groups=groups)
+    else:
+        odd = attributor.self_influence(recipe.train, name=name, overwrite=overwrite, **options)
+        decision = decide(odd, fraction=fraction, classes=classes, keep_share=keep_share, groups=groups)
+    effect = None
+    if repeats and decision.dropped:
+        folder = attributor.run.sub("retrains")
+        effect = retrain_cleaned(
+            recipe.retraining, decision, repeats=repeats, margin=_is_margin(recipe), folder=folder, n_jobs=jobs, stages=attributor.stages
+        )
+    origin: dict[str, Any] = {"recipe": recipe.name, "drop": drop, "scores": name, **{key: str(value) for key, value in options.items()}}
+    if effect is not None:
+        origin["effect"] = effect.to_json()
+    written = write_cleaned(rows, decision, out, origin=origin, overwrite=overwrite)
+    flipped = None
+    if recipe.flipped is not None:
+        flipped = int(recipe.flipped[list(decision.dropped)].sum()), int(recipe.flipped.sum())
+    return CleanResult(decision=decision, written=written, flipped=flipped, effect=effect)
+
+
+def _rows(recipe: Recipe) -> list[dict[str, Any]]:
+    if recipe.raw is None:
+        raise RecipeError(
+            f"recipe {recipe.name} has no `raw`, the rows of its training data as they were read, so they cannot be written. Give them."
+        )
+    return list(recipe.raw)
+
+
+def _is_margin(recipe: Recipe) -> bool:
+    """Whether a measurement below zero means that the query is classified rightly."""
+    return getattr(recipe.task, "measure", None) == "margin"

@@ -1,0 +1,248 @@
+"""What is compared when scores are judged: scores that were saved, and the cheap baselines that stand beside them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from whence.attributor import Attributor
+from whence.errors import ConfigError, MismatchError
+from whence.evaluate.baselines import bm25_scores, embedding_scores, loss_scores, random_scores, signed_by_class
+from whence.evaluate.counterfactual import RANDOM, counterfactual
+from whence.evaluate.duplicates import DuplicateRanks, duplicate_ranks, sample_rows
+from whence.evaluate.lds import Lds, lds
+from whence.evaluate.removal import Counterfactual
+from whence.evaluate.retrain import RetrainBank, draw_masks, retrain_bank
+from whence.evaluate.tail_patch import TailPatch, tail_patch
+from whence.recipes.base import Recipe
+from whence.recipes.quality import tokens_of
+from whence.recipes.training import measure
+from whence.runtime.batches import check_rows
+from whence.scores.matrix import Scores
+from whence.tasks import CausalLM, Task
+
+Orders = dict[str, Tensor]
+"""Scores `[query, train]` by the name they have in a table; higher for rows that push the measurement down."""
+
+
+class LossOf(Task):
+    """A task whose measurement is another task's loss."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+
+    def measurement(self, model: Any, batch: Any) -> Tensor:
+        """Return the loss `[batch]`."""
+        return self.task.loss(model, batch)
+
+    def prepare(self, model: Any, batch: Any) -> None:
+        """Look at the model as the other task does."""
+        self.task.prepare(model, batch)
+
+
+def saved_scores(attributor: Attributor, recipe: Recipe, names: Sequence[str]) -> Orders:
+    """Read scores from the run folder by their names.
+
+    Raises:
+        ConfigError: there are none of a name. MismatchError: they are of other rows, or of some of them.
+    """
+    found: Orders = {}
+    for name in names:
+        folder = attributor.run.sub("scores", name)
+        if not folder.exists():
+            have = sorted(path.name for path in folder.parent.glob("*") if path.is_dir())
+            raise ConfigError(
+                f"there are no scores {name!r} in {folder.parent}; it has {', '.join(have) or 'none'}. Run whence score first."
+            )
+        values = Scores.load(folder).values
+        if values.shape != (len(recipe.queries), len(recipe.train)):
+            raise MismatchError(
+                f"{folder} holds scores of {values.shape[0]} queries and {values.shape[1]} rows; recipe {recipe.name} has "
+                f"{len(recipe.queries)} and {len(recipe.train)}. Score all of them again."
+            )
+        found[name] = values
+    return found
+
+
+def row_losses(attributor: Attributor, recipe: Recipe) -> Tensor:
+    """Return the loss of every training row, float64 `[train]`."""
+    assert recipe.collate is not None
+    with attributor.stages.stage("Losses"):
+        return measure(recipe.model, LossOf(recipe.task), recipe.train, recipe.collate, 32)
+
+
+def baseline_scores(attributor: Attributor, recipe: Recipe, *, seed: int = 0) -> Orders:
+    """Return the baselines that every table has: random, BM25, embeddings, gradient cosine, loss.
+
+    Similarities of classified rows stand there twice, the second time (signed) negative where the classes differ.
+    """
+    queries, train = recipe.queries, recipe.train
+    found: Orders = {"random": random_scores(len(queries), len(train), seed=seed)}
+    with attributor.stages.stage("Baselines"):
+        similar = {
+            "bm25": bm25_scores(queries, train),
+            "embedding": embedding_scores(recipe.model, queries, train, collate=recipe.collate, device=attributor.device),
+        }
+    for name, scores in similar.items():
+        found[name] = scores
+        if recipe.classes is not None and recipe.query_classes is not None:
+            found[f"{name} signed"] = signed_by_class(scores, recipe.query_classes, recipe.classes)
+    cosine = attributor.scores(queries, train, strategy="identity", normalize="cosine", name="gradient-cosine", overwrite=True)
+    found["gradient cosine"] = cosine.values
+    found["loss"] = loss_scores(row_losses(attributor, recipe), len(queries))
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class LdsTable:
+    """The linear datamodeling score of every method on one bank of retrains, and the bank."""
+
+    results: dict[str, Lds]
+    bank: RetrainBank
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the figures; `minus_first` is the difference to the first method with its interval."""
+        first = next(iter(self.results.values()))
+        subsets, repeats, queries = self.bank.measurements.shape
+        return {
+            "subsets": subsets,
+            "repeats": repeats,
+            "queries": queries,
+            "reliability": _or_none([first.reliability]),
+            "ceiling": _or_none([first.ceiling]),
+            "methods": {
+                name: {
+                    "lds": score.mean,
+                    "interval": _or_none([score.low, score.high]),
+                    "minus_first": _or_none([*score.minus(first)]),
+                }
+                for name, score in self.results.items()
+            },
+        }
+
+
+def _or_none(values: list[float]) -> Any:
+    """Return one value, or several as a list; None where one is not a number, which JSON does not know."""
+    if any(math.isnan(value) for value in values):
+        return None
+    return values[0] if len(values) == 1 else values
+
+
+def procedure_of(recipe: Recipe) -> Any:
+    """Return what trains the recipe's model again.
+
+    Raises:
+        ConfigError: the recipe cannot be trained again.
+    """
+    if recipe.retraining is None:
+        raise ConfigError(
+            f"recipe {recipe.name} cannot be trained again: it has no retraining. Models of whence train have one; in a recipe of your own "
+            "give retraining=..., a whence.evaluate.retrain.Procedure."
+        )
+    return recipe.retraining
+
+
+def lds_table(
+    attributor: Attributor,
+    recipe: Recipe,
+    orders: Mapping[str, Tensor],
+    *,
+    masks: int = 100,
+    share: float = 0.5,
+    repeats: int = 5,
+    seed: int = 0,
+    n_jobs: int = 1,
+    backend: str = "loky",
+    folder: Path | None = None,
+) -> LdsTable:
+    """Train on random subsets (or find the retrains on disk), and judge scores by them.
+
+    Args:
+        attributor, recipe: of the model that was scored.
+        orders: scores by name; differences are to the first.
+        masks: how many subsets.
+        share: of the training rows in each.
+        repeats: trainings per subset.
+        seed: of the subsets and trainings.
+        n_jobs, backend: as for joblib.
+        folder: of the retrains; None: `retrain` in the run folder.
+    """
+    bank = retrain_bank(
+        procedure_of(recipe),
+        draw_masks(len(recipe.train), masks, share=share, seed=seed),
+        repeats=repeats,
+        seed=seed,
+        folder=attributor.run.sub("retrain") if folder is None else folder,
+        n_jobs=n_jobs,
+        backend=backend,
+        stages=attributor.stages,
+    )
+    return LdsTable(results={name: lds(scores, bank) for name, scores in orders.items()}, bank=bank)
+
+
+def counterfactual_of(
+    attributor: Attributor, recipe: Recipe, orders: Mapping[str, Tensor], *, mode: Literal["each", "sum"], **options: Any
+) -> Counterfactual:
+    """Remove the rows at the top of each order and train again; options as of `whence.evaluate.counterfactual.counterfactual`."""
+    language = mode == "sum" and isinstance(recipe.task, CausalLM) and recipe.task.measure == "loss"
+    return counterfactual(
+        {name: scores for name, scores in orders.items() if name != RANDOM},
+        procedure_of(recipe),
+        mode=mode,
+        tokens=tokens_of(recipe, recipe.queries) if language else None,
+        folder=attributor.run.sub("retrain"),
+        stages=attributor.stages,
+        **options,
+    )
+
+
+def tail_patch_of(
+    attributor: Attributor, recipe: Recipe, orders: Mapping[str, Tensor], *, queries: Sequence[int] | None = None, **options: Any
+) -> TailPatch:
+    """Step on each query's first rows; options as of `whence.evaluate.tail_patch.tail_patch`. By default of the first 20 queries."""
+    chosen = list(queries) if queries is not None else list(range(min(20, len(recipe.queries))))
+    check_rows(chosen, len(recipe.queries), "queries")
+    with attributor.stages.stage("Tail patch"):
+        return tail_patch(
+            recipe.model,
+            recipe.task,
+            [recipe.queries[query] for query in chosen],
+            recipe.train,
+            {name: scores[chosen] for name, scores in orders.items()},
+            collate=recipe.collate,
+            device=attributor.device,
+            **options,
+        )
+
+
+def duplicates_of(
+    attributor: Attributor, recipe: Recipe, *, count: int, strategy: Any = "ekfac", damping: Any = "auto", seed: int = 0
+) -> dict[str, DuplicateRanks]:
+    """Ask for `count` training rows themselves and say where each one comes in its own ranking."""
+    rows = sample_rows(len(recipe.train), min(count, len(recipe.train)), seed=seed)
+    asked = [recipe.train[row] for row in rows]
+    options: dict[str, Any] = {"name": "duplicates", "overwrite": True}
+    found = {
+        strategy: attributor.scores(asked, recipe.train, strategy=strategy, damping=damping, **options).values,
+        "gradient cosine": attributor.scores(asked, recipe.train, strategy="identity", normalize="cosine", **options).values,
+        "random": random_scores(len(rows), len(recipe.train), seed=seed),
+    }
+    return {name: duplicate_ranks(scores, rows) for name, scores in found.items()}
+
+
+def suspicious_orders(attributor: Attributor, recipe: Recipe, *, strategy: Any = "ekfac", damping: Any = "auto") -> dict[str, Tensor]:
+    """Return rankings `[train]` of suspicious rows, high for rows to look at first: self-influence, gradient norm, loss, chance."""
+    values = attributor.self_influence(recipe.train, strategy=strategy, damping=damping, overwrite=True)
+    norms = attributor.self_influence(recipe.train, strategy="identity", name="gradient-norm", overwrite=True)
+    return {
+        "self-influence": values.double(),
+        "gradient norm": norms.double(),
+        "loss": row_losses(attributor, recipe),
+        "random": torch.rand(len(recipe.train), generator=torch.Generator().manual_seed(0), dtype=torch.float64),
+    }
