@@ -90,7 +90,7 @@ def _work(settings: DigitsSettings, out: Path) -> tuple[DigitsFindings, Attribut
     with attributor.stages.stage("Train network"):
         data = load_data(settings)
         train_network(network, data.train, settings)
-    recipe = make_recipe(network, data)
+    recipe = make_recipe(network, data, settings)
     attributor.fit(data.train, overwrite=True)
     self_influence = attributor.self_influence(data.train, overwrite=True)
     scores = attributor.scores(recipe.queries, data.train, overwrite=True) if recipe.queries else None

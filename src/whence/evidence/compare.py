@@ -22,28 +22,14 @@ from whence.evaluate.retrain import RetrainBank, draw_masks, retrain_bank
 from whence.evaluate.tail_patch import TailPatch, tail_patch
 from whence.recipes.base import Recipe
 from whence.recipes.quality import tokens_of
-from whence.recipes.training import measure
-from whence.runtime.batches import check_rows
+from whence.runtime.batches import check_rows, iterate_batches
 from whence.scores.matrix import Scores
-from whence.tasks import CausalLM, Task
+from whence.tasks import CausalLM
 
 Orders = dict[str, Tensor]
 """Scores `[query, train]` by the name they have in a table; higher for rows that push the measurement down."""
 
-
-class LossOf(Task):
-    """A task whose measurement is another task's loss."""
-
-    def __init__(self, task: Task) -> None:
-        self.task = task
-
-    def measurement(self, model: Any, batch: Any) -> Tensor:
-        """Return the loss `[batch]`."""
-        return self.task.loss(model, batch)
-
-    def prepare(self, model: Any, batch: Any) -> None:
-        """Look at the model as the other task does."""
-        self.task.prepare(model, batch)
+_BATCH = 32
 
 
 def saved_scores(attributor: Attributor, recipe: Recipe, names: Sequence[str]) -> Orders:
@@ -70,25 +56,33 @@ def saved_scores(attributor: Attributor, recipe: Recipe, names: Sequence[str]) -
     return found
 
 
+@torch.no_grad()
 def row_losses(attributor: Attributor, recipe: Recipe) -> Tensor:
     """Return the loss of every training row, float64 `[train]`."""
-    assert recipe.collate is not None
-    with attributor.stages.stage("Losses"):
-        return measure(recipe.model, LossOf(recipe.task), recipe.train, recipe.collate, 32)
+    rows = range(len(recipe.train))
+    batches = iterate_batches(recipe.train, rows, batch_size=_BATCH, collate=recipe.collate, device=attributor.device)
+    with attributor.stages.stage("Losses"), attributor.stages.track(len(rows), "Losses") as advance:
+        parts = []
+        for batch in batches:
+            parts.append(recipe.task.loss(recipe.model, batch.data).double().cpu())
+            advance(len(parts[-1]))
+    return torch.cat(parts)
 
 
 def baseline_scores(attributor: Attributor, recipe: Recipe, *, seed: int = 0) -> Orders:
-    """Return the baselines that every table has: random, BM25, embeddings, gradient cosine, loss.
+    """Return the baselines that every table has: random, BM25 (of rows that are text), embeddings, gradient cosine, loss.
 
     Similarities of classified rows stand there twice, the second time (signed) negative where the classes differ.
     """
     queries, train = recipe.queries, recipe.train
     found: Orders = {"random": random_scores(len(queries), len(train), seed=seed)}
+    similar = {}
     with attributor.stages.stage("Baselines"):
-        similar = {
-            "bm25": bm25_scores(queries, train),
-            "embedding": embedding_scores(recipe.model, queries, train, collate=recipe.collate, device=attributor.device),
-        }
+        if isinstance(train[0], Mapping) and train[0].get("input_ids") is not None:
+            similar["bm25"] = bm25_scores(queries, train)
+        similar["embedding"] = embedding_scores(
+            recipe.model, queries, train, collate=recipe.collate, device=attributor.device, task=recipe.task
+        )
     for name, scores in similar.items():
         found[name] = scores
         if recipe.classes is not None and recipe.query_classes is not None:

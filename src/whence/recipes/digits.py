@@ -161,14 +161,26 @@ def digits() -> Recipe:
     data = load_data(settings)
     network = build_network(settings.seed)
     train_network(network, data.train, settings)
-    return make_recipe(network, data)
+    return make_recipe(network, data, settings)
 
 
-def make_recipe(network: nn.Module, data: DigitsData) -> Recipe:
+def make_recipe(network: nn.Module, data: DigitsData, settings: DigitsSettings = DigitsSettings()) -> Recipe:
     """Return the recipe of a trained network; its queries are the test digits that it misreads, with their true labels."""
     readings, _ = predict(network, data.test)
-    misread = [row for row, reading in zip(data.test, readings.tolist(), strict=True) if reading != row.label]
-    return Recipe(name="digits", model=network, task=Classification(), train=data.train, queries=misread, describe=describe)
+    misread = [number for number, (row, reading) in enumerate(zip(data.test, readings.tolist(), strict=True)) if reading != row.label]
+    return Recipe(
+        name="digits",
+        model=network,
+        task=Classification(),
+        train=data.train,
+        queries=[data.test[number] for number in misread],
+        describe=describe,
+        raw=[{"image": row.image.flatten().tolist(), "label": row.label} for row in data.train],
+        classes=torch.tensor([row.label for row in data.train]),
+        query_classes=torch.tensor([data.test[number].label for number in misread]),
+        flipped=data.flipped,
+        retraining=DigitsRetraining(settings=settings, rows=tuple(misread)),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,6 +193,9 @@ class DigitsRetraining:
     queries: int = 200
     """How many test rows, from the first, are measured."""
 
+    rows: tuple[int, ...] | None = None
+    """Which test rows are measured instead."""
+
     measurement: Literal["loss", "margin"] = "loss"
     """As of `whence.tasks.Classification`."""
 
@@ -188,7 +203,8 @@ class DigitsRetraining:
     def key(self) -> str:
         """Everything the numbers depend on, the source of data, network and training included."""
         code = [fingerprint_source(function)[:16] for function in (load_data, build_network, _train)]
-        return json.dumps({"recipe": "digits", **asdict(self), "code": code})
+        fields = {name: value for name, value in asdict(self).items() if name != "rows" or value is not None}
+        return json.dumps({"recipe": "digits", **fields, "code": code})
 
     def __call__(self, rows: Sequence[int], seed: int) -> Tensor:
         """Train a network from fresh weights on these training rows; return the measurements `[query]`."""
@@ -196,7 +212,10 @@ class DigitsRetraining:
         network = build_network(seed)
         train_network(network, [data.train[row] for row in rows], replace(self.settings, seed=seed))
         with torch.no_grad(), one_thread():
-            return Classification(measurement=self.measurement).measurement(network, stack(data.test[: self.queries]))
+            return Classification(measurement=self.measurement).measurement(network, stack(self._measured(data)))
+
+    def _measured(self, data: DigitsData) -> list[Digit]:
+        return data.test[: self.queries] if self.rows is None else [data.test[row] for row in self.rows]
 
 
 @cache

@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
-from whence.errors import DataError
+from whence.errors import ConfigError, DataError
 from whence.recipes.rows import Row, Source
 from whence.recipes.settings import DataSettings, PresetName
 
+_OFFSET = ("roberta", "camembert", "longformer")  # models that count positions from the padding token on
 TokenizerStyle = Literal["bert", "roberta", "gpt2"]
 
 
@@ -102,3 +103,16 @@ def label_number(config: Any, value: Any, number: int) -> int:
         names = ", ".join(map(str, list(known)[:8]))
         raise DataError(f"row {number} has the label {value!r}; the model's {classes} classes are 0 to {classes - 1} ({names}).")
     return value
+
+
+def check_length(config: Any, length: int | None) -> None:
+    """Check that a model has as many positions as rows may have tokens.
+
+    Raises:
+        ConfigError: it has fewer.
+    """
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None and any(name in config.model_type for name in _OFFSET):
+        longest -= config.pad_token_id + 1
+    if length is not None and longest is not None and length > longest:
+        raise ConfigError(f"max_length={length}: the model reads {longest} tokens at most. Give --max-length {longest} or less.")

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 from whence.errors import ConfigError
 from whence.recipes.base import Recipe
-from whence.recipes.family import Labels, TokenizerStyle, label_number
+from whence.recipes.family import Labels, TokenizerStyle, check_length, label_number
 from whence.recipes.finetune import open_finetuned
 from whence.recipes.rows import Row, Source, need_columns
 from whence.recipes.settings import DataSettings, PresetName
@@ -99,18 +99,22 @@ class Glue:
 
     def texts(self, rows: Sequence[Row], data: DataSettings) -> Iterator[str]:
         """Give each sentence."""
+        need_columns(rows, data.columns or (), "training data")
         return (str(row[column]) for row in rows for column in data.columns or ())
 
     def head(self, rows: Sequence[Row], data: DataSettings) -> dict[str, Any]:
         """Return the classes, or one output for a number."""
         need_columns(rows, [*(data.columns or ()), str(data.label)], "training data")
         task = TASKS[str(data.task)]
-        if data.columns != task.columns:
-            return Labels.of([row[str(data.label)] for row in rows]).config()
+        values = [row[str(data.label)] for row in rows]
+        own = not all(value in task.classes or (isinstance(value, int) and 0 <= value < len(task.classes)) for value in values)
+        if data.columns != task.columns or (own and task.classes):
+            return Labels.of(values).config()
         return Labels.named(task.classes).config() if task.classes else {"num_labels": 1, "problem_type": "regression"}
 
     def encode(self, tokenizer: Any, config: Any, rows: Sequence[Row], data: DataSettings) -> list[Row]:
         """Return `input_ids`, `attention_mask`, `labels` and the text."""
+        check_length(config, data.max_length)
         columns, label = data.columns or (), str(data.label)
         need_columns(rows, [*columns, label], "data")
         texts = [[str(row[column]) for row in rows] for column in columns]

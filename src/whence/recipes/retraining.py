@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from whence.recipes.settings import DataSettings, TrainingSettings, to_json
 from whence.recipes.splits import collate_of, read_splits, task_of
 from whence.recipes.start import load_start
 from whence.recipes.training import measure, train_model
-from whence.storage.run import fingerprint_rows, sha256_file
+from whence.storage.run import fingerprint_rows, read_json, sha256_file
 from whence.tasks import Task
 
 START = "start"
@@ -63,6 +64,7 @@ def retraining(
         "recipe": family.name,
         "version": VERSION,
         "start": sha256_file(folder / START / "model.safetensors"),
+        "config": _config(folder / START),
         "train": fingerprint_rows(train),
         "queries": fingerprint_rows(queries),
         "measurement": data.measurement,
@@ -73,6 +75,14 @@ def retraining(
     }
     key = json.dumps(parts, sort_keys=True)
     return Retraining(family=family, folder=str(folder.resolve()), data=data, training=training, key=key)
+
+
+def _config(start: Path) -> str:
+    """Return a digest of the untrained model's configuration: dropout stands there, not in the weights."""
+    config = {
+        name: value for name, value in read_json(start / "config.json").items() if name not in ("transformers_version", "_name_or_path")
+    }
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +11,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.csv
-import pyarrow.json
 import pyarrow.parquet
 
 from whence.errors import ConfigError, DataError
@@ -56,7 +56,7 @@ def read_split(source: Source, data: str | None, split: str, *, limit: int | Non
         rows = read_file(Path(file))
     else:
         folder = _folder(source, data)
-        rows = _from_hub(source, data, split, limit) if folder is None else _from_folder(folder, split)
+        rows = _from_hub(source, data, split, limit) if folder is None else _from_folder(folder, source, split)
     rows = rows[:limit]
     if not rows:
         raise DataError(f"the split {split!r} of {file or data or source.hub} has no rows. Give a data set with at least one.")
@@ -66,9 +66,13 @@ def read_split(source: Source, data: str | None, split: str, *, limit: int | Non
 def read_file(path: Path) -> list[Row]:
     """Return the rows of a file: parquet, JSON lines, CSV or text (a row `{"text": line}` per line), the last three also gzipped.
 
+    A folder that `save_to_disk` wrote of one split, as `whence clean` does, is read too.
+
     Raises:
         ConfigError: there is no such file, or its suffix is not known. DataError: it cannot be read.
     """
+    if (path / "state.json").is_file():
+        return list(need("datasets").load_from_disk(str(path)))
     kind = next((suffix for suffix in _SUFFIXES if path.name.endswith(suffix)), None)
     if not path.is_file() or kind is None:
         what = "is no file" if not path.is_file() else "has a form that is not known"
@@ -79,15 +83,24 @@ def read_file(path: Path) -> list[Row]:
         with pa.input_stream(str(path), compression="detect") as stream:
             if ".txt" in kind:
                 return [{"text": line} for line in stream.read().decode().splitlines(keepends=True)]
-            table = pa.csv.read_csv(stream) if ".csv" in kind else _json_lines(stream)
-        return table.to_pylist()
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            return _json_rows(stream.read().decode(), path) if ".json" in kind else _csv_rows(stream, path)
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read as {kind}: {str(error).splitlines()[0]}. Mend the file, or give another.") from None
 
 
-def _json_lines(stream: Any) -> pa.Table:
-    # A block must hold the longest row.
-    return pa.json.read_json(stream, read_options=pa.json.ReadOptions(block_size=1 << 26))
+def _json_rows(text: str, path: Path) -> list[Row]:
+    rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+    if not all(isinstance(row, dict) for row in rows):
+        raise DataError(f"{path} holds something other than objects; give one JSON object per line.")
+    return rows
+
+
+def _csv_rows(stream: Any, path: Path) -> list[Row]:
+    table = pa.csv.read_csv(stream)
+    for field in table.schema:
+        if pa.types.is_binary(field.type):
+            raise DataError(f"{path}: the column {field.name!r} is not in UTF-8. Save the file again in UTF-8.")
+    return table.to_pylist()
 
 
 def _folder(source: Source, data: str | None) -> Path | None:
@@ -114,13 +127,16 @@ def _file(folder: Path, split: str) -> Path | None:
     return next((path for suffix in _SUFFIXES if (path := folder / f"{split}{suffix}").is_file()), None)
 
 
-def _from_folder(folder: Path, split: str) -> list[Row]:
+def _from_folder(folder: Path, source: Source, split: str) -> list[Row]:
+    # Some sets name their splits otherwise: mnli has validation_matched.
+    names = [split] if split == "train" else list(dict.fromkeys([split, source.validation]))
     if (folder / "dataset_dict.json").is_file():
         splits = need("datasets").load_from_disk(str(folder))
-        if split not in splits:
+        found = next((name for name in names if name in splits), None)
+        if found is None:
             raise ConfigError(f"the data set in {folder} has the splits {', '.join(splits)}, but no {split!r}.")
-        return list(splits[split])
-    path = _file(folder, split)
+        return list(splits[found])
+    path = next((path for name in names if (path := _file(folder, name)) is not None), None)
     if path is None:
         raise ConfigError(f"{folder} has no {split!r} file; expected {split} with one of the endings {', '.join(_SUFFIXES)}.")
     return read_file(path)

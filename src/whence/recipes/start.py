@@ -30,12 +30,13 @@ def make_start(family: Family, rows: Sequence[Row], data: DataSettings, training
         ConfigError: the pretrained model cannot be loaded.
     """
     transformers = need("transformers")
+    head = family.head(rows, data)
     if training.preset is None:
-        model, tokenizer = _pretrained(transformers, family, rows, data, training)
+        model, tokenizer = _pretrained(transformers, family, head, training)
     else:
         tokenizer = make_tokenizer(family.style, family.texts(rows, data), training.preset)
         config = family.preset(training.preset, tokenizer, data)
-        _set(config, family.head(rows, data))
+        _set(config, head)
         _set_dropout(config, training.dropout)
         model = _seeded(training.seed, lambda: getattr(transformers, family.auto).from_config(config))
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
@@ -52,12 +53,12 @@ def load_start(family: Family, folder: Path) -> Any:
         return getattr(transformers, family.auto).from_pretrained(folder)
 
 
-def _pretrained(transformers: Any, family: Family, rows: Sequence[Row], data: DataSettings, training: TrainingSettings) -> tuple[Any, Any]:
+def _pretrained(transformers: Any, family: Family, head: dict[str, Any], training: TrainingSettings) -> tuple[Any, Any]:
     name = str(training.model)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         config = transformers.AutoConfig.from_pretrained(name)
-        _set(config, family.head(rows, data))
+        _set(config, head)
         _set_dropout(config, training.dropout)
         with quiet(transformers):  # that the head is new is the point
             model = _seeded(

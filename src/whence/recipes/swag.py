@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 from whence.errors import ConfigError, DataError
 from whence.recipes.base import Recipe
-from whence.recipes.family import TokenizerStyle
+from whence.recipes.family import TokenizerStyle, check_length
 from whence.recipes.finetune import open_finetuned
 from whence.recipes.rows import Row, Source, need_columns
 from whence.recipes.settings import DataSettings, PresetName
@@ -74,6 +74,7 @@ class Swag:
 
     def encode(self, tokenizer: Any, config: Any, rows: Sequence[Row], data: DataSettings) -> list[Row]:
         """Return `input_ids` and `attention_mask` `[choice][token]`, `labels` and the text."""
+        check_length(config, data.max_length)
         label = str(data.label)
         need_columns(rows, [label], "data")
         encoded = []

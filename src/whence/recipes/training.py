@@ -143,7 +143,8 @@ def _steps(settings: TrainingSettings, rows: int) -> int:
 def segments(steps: int, count: int) -> list[tuple[int, int]]:
     """Cut a run into `count` equal segments; return the middle and the last step of each."""
     count = min(count, steps)
-    return [(max(1, round((number + 0.5) * steps / count)), round((number + 1) * steps / count)) for number in range(count)]
+    ends = [(number + 1) * steps // count for number in range(count)]
+    return [((first + last + 2) // 2, last) for first, last in zip([0, *ends[:-1]], ends, strict=True)]
 
 
 def _arguments(transformers: Any, settings: TrainingSettings, rows: int, seed: int, folder: str) -> Any:

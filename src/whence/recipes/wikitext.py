@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 
 from whence.errors import ConfigError, DataError
 from whence.recipes.base import Recipe
-from whence.recipes.family import TokenizerStyle
+from whence.recipes.family import TokenizerStyle, check_length
 from whence.recipes.finetune import open_finetuned
 from whence.recipes.rows import Row, Source, need_columns
 from whence.recipes.settings import DataSettings, PresetName
@@ -79,9 +79,7 @@ class WikiText:
     def encode(self, tokenizer: Any, config: Any, rows: Sequence[Row], data: DataSettings) -> list[Row]:
         """Return blocks: `input_ids` and the text."""
         length = int(data.max_length or 512)
-        longest = getattr(config, "max_position_embeddings", None)
-        if longest is not None and length > longest:
-            raise ConfigError(f"max_length={length}: the model reads {longest} tokens at most. Give --max-length {longest} or less.")
+        check_length(config, length)
         # Text longer than the model takes is cut below, so that the tokenizer need not warn.
         found = tokenizer(list(self.texts(rows, data)), add_special_tokens=False, verbose=False)["input_ids"]
         tokens = list(chain.from_iterable(found))

@@ -47,12 +47,15 @@ def scatter_picture(path: Path, first: Tensor, second: Tensor, *, x_label: str, 
 
 def _draw(figure: Any, axes: Any, points: Tensor) -> None:
     x, y = points.tolist()
-    for line in (axes.axhline, axes.axvline):
-        line(0, color=LINE, linewidth=1, zorder=1)
+    for values, line in ((x, axes.axvline), (y, axes.axhline)):
+        if min(values) <= 0 <= max(values):  # elsewhere the line would stretch the axis
+            line(0, color=LINE, linewidth=1, zorder=1)
     if len(x) <= _MOST_DOTS:
         axes.scatter(x, y, s=14, color=ACCENT, alpha=max(0.15, min(0.8, 30 / len(x) ** 0.5)), linewidths=0, zorder=2)
         return
     colours = require_extra("matplotlib.colors").LinearSegmentedColormap.from_list("whence", [_PALE, ACCENT, INK])
     cells = axes.hexbin(x, y, gridsize=45, bins="log", mincnt=1, cmap=colours, linewidths=0.2, zorder=2)
-    bar = figure.colorbar(cells, ax=axes, label="points", shrink=0.8)
+    # The formatter of its own writes powers in the language that `text.parse_math` turns off.
+    bar = figure.colorbar(cells, ax=axes, label="points", shrink=0.8, format=lambda value, _: f"{value:,.0f}")
+    bar.minorticks_off()
     bar.outline.set_visible(False)
