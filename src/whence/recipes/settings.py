@@ -9,6 +9,8 @@ from whence.errors import ConfigError
 
 Measurement = Literal["loss", "margin", "log_odds"]
 PresetName = Literal["tiny", "small"]
+SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt")
+"""The Trainer's schedules that are functions of the step alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +105,8 @@ class TrainingSettings:
     def __post_init__(self) -> None:
         if self.model is not None and self.preset is not None:
             raise ConfigError(f"model={self.model!r} and preset={self.preset!r} are two starts; give one.")
+        if self.lr_scheduler_type not in SCHEDULES:
+            raise ConfigError(f"lr_scheduler_type={self.lr_scheduler_type!r} cannot be used; choose {', '.join(SCHEDULES)}.")
         for name in ("learning_rate", "num_train_epochs", "train_batch_size", "eval_batch_size"):
             value = getattr(self, name)
             if value is not None and not value > 0:

@@ -63,7 +63,9 @@ def _pretrained(transformers: Any, family: Family, head: dict[str, Any], trainin
         with quiet(transformers):  # that the head is new is the point
             model = _seeded(
                 training.seed,
-                lambda: getattr(transformers, family.auto).from_pretrained(name, config=config, dtype=torch.float32),
+                lambda: getattr(transformers, family.auto).from_pretrained(
+                    name, config=config, dtype=torch.float32, ignore_mismatched_sizes=True
+                ),
             )
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
@@ -111,22 +113,24 @@ def _set_dropout(config: Any, dropout: float | None) -> None:
 
 
 def make_tokenizer(style: TokenizerStyle, texts: Iterator[str], size: PresetName) -> Any:
-    """Return a tokenizer made from text: word pieces in lower case (bert), or bytes in pairs (roberta, gpt2)."""
+    """Return a tokenizer made from text: pairs of bytes, in lower case for bert, framed as the style's models expect.
+
+    Not word pieces, as BERT's own: the same text gives other ones every time (tokenizers 0.22).
+    """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
     special = _SPECIAL[style]
-    options: dict[str, Any] = {"vocab_size": VOCABULARY[size], "special_tokens": list(special.values()), "show_progress": False}
+    tokenizer = Tokenizer(models.BPE())
     if style == "bert":
-        tokenizer = Tokenizer(models.WordPiece(unk_token=special["unk_token"]))
         tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        tokenizer.decoder = decoders.WordPiece()
-        trainer: Any = trainers.WordPieceTrainer(**options)
-    else:
-        tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), **options)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        vocab_size=VOCABULARY[size],
+        special_tokens=list(special.values()),
+        show_progress=False,
+    )
     tokenizer.train_from_iterator(texts, trainer)
     number: dict[str, Any] = {token: tokenizer.token_to_id(token) for token in special.values()}
     if style == "bert":
