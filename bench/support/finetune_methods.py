@@ -11,6 +11,7 @@ from torch import Tensor
 from support.finetune_setting import Setting
 from whence.curvature.basis import Damping
 from whence.curvature.refine import ConjugateGradients, Exact
+from whence.evaluate.baselines import BASELINES
 from whence.evidence.compare import baseline_scores
 
 Method = Callable[[Setting], Tensor]
@@ -66,7 +67,6 @@ def relative(amount: float, scope: str = "model") -> Damping:
     return Damping(relative=amount, scope=scope)
 
 
-BASELINES = ("random", "bm25", "bm25 signed", "embedding", "embedding signed", "gradient cosine", "loss")
 METHODS: dict[str, Method] = {name: partial(baseline, name=name) for name in BASELINES} | {
     "identity": partial(fitted, strategy="identity"),
     "diagonal": partial(fitted, strategy="diagonal"),

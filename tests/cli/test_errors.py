@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from whence.cli.options import parse_damping
+from whence.cli.values import parse_damping
 from whence.errors import ConfigError
 
 MINE = "recipe.py:tiny"

@@ -478,4 +478,4 @@ def test_classes_of_other_rows_are_refused(queries, train):
 
 
 def test_names_are_in_the_order_of_tables():
-    assert BASELINES == ("random", "bm25", "bm25, signed by label", "embedding", "embedding, signed by label", "gradient cosine", "loss")
+    assert BASELINES == ("random", "bm25", "bm25 signed", "embedding", "embedding signed", "gradient cosine", "loss")

@@ -5,37 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from cyclopts import Parameter
-
 from whence.cli import output
-from whence.cli.options import (
-    Count,
-    DataOptions,
-    FitOptions,
-    InverseOptions,
-    ListOptions,
-    Numbers,
-    RunOptions,
-    ScoreOptions,
-    Strategy,
-    Switch,
-    parse_damping,
-    parse_response,
-)
+from whence.cli.opening import Flat, RecipeName, open_recipe, run_folder
+from whence.cli.options import DataOptions, FitOptions, InverseOptions, ListOptions, RunOptions, ScoreOptions, Strategy
+from whence.cli.values import Count, Numbers, Switch, parse_damping, parse_response
 from whence.errors import ConfigError, MismatchError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from torch import Tensor
-
     from whence.attributor import Attributor
     from whence.recipes.base import Recipe
     from whence.scores.matrix import Scores
-
-Flat = Parameter(name="*")
-RECIPE_HELP = "digits, glue, swag, wikitext, or file.py:object, where the object is a Recipe or a function that returns one."
-RecipeName = Annotated[str, Parameter(name="recipe", help=RECIPE_HELP)]
 
 SHOWN_BY_DEFAULT = 5
 
@@ -58,7 +37,7 @@ def fit(
         max_examples=fitting.max_examples,
         overwrite=run.overwrite,
     )
-    values = {"recipe": found.name, "run_dir": str(_folder(found, run)), "strategy": fitting.strategy, "empirical": fitting.empirical}
+    values = {"recipe": found.name, "run_dir": str(run_folder(found, run)), "strategy": fitting.strategy, "empirical": fitting.empirical}
     _finish(attributor, values, run)
 
 
@@ -93,7 +72,7 @@ def score(
     from whence.scores.request import scores_folder
 
     name = scores_folder(scoring.name, inverse.strategy, scoring.solver)
-    folder = _scores_folder(_folder(found, run), name)
+    folder = _scores_folder(run_folder(found, run), name)
     table = folder.with_name(f"{name}_top.parquet")
     if not scores.sums_rows:
         scores.to_parquet(table, k=k)
@@ -138,7 +117,7 @@ def self_influence(
 
     from whence.scores.self_influence import to_parquet
 
-    path = _folder(found, run) / "self_influence.parquet"
+    path = run_folder(found, run) / "self_influence.parquet"
     to_parquet(path, values)
     order = values.argsort(descending=True, stable=True).tolist()
     ends = {"largest": order[: listing.k]} | ({"smallest": order[::-1][: listing.k]} if listing.bottom else {})
@@ -189,52 +168,6 @@ def top(
     output.data(lines, {"recipe": found.name, "strategy": strategy, "queries": listed}, as_json=json)
     if query is None and len(chosen) < len(scores.values):
         output.message(f"queries 0 to {len(chosen) - 1} of {len(scores.values)}; choose others with --query 0,3,7")
-
-
-def open_recipe(spec: str, run: RunOptions, data: DataOptions) -> tuple[Attributor, Recipe]:
-    """Load the recipe and bind it to its run folder."""
-    from whence.attributor import Attributor
-    from whence.recipes.base import load_recipe
-
-    found = load_recipe(spec, **data.given())
-    attributor = Attributor(
-        found.model,
-        found.task,
-        run_dir=_folder(found, run),
-        layers=_layers(found, run.layers),
-        collate=found.collate,
-        fallback=run.fallback,
-        device=run.device,
-        precision=run.precision,
-        compile=run.compile,
-        offload=run.offload,
-        second_moments=_second_moments(found) if run.adam else None,
-        training_time=found.training_time,
-        seed=run.seed,
-    )
-    return attributor, found
-
-
-def _layers(found: Recipe, asked: list[str] | None) -> str | Sequence[str] | None:
-    if asked is None:
-        return found.layers
-    if asked == ["all"]:
-        return "all"
-    return found.layer_sets[asked[0]] if len(asked) == 1 and asked[0] in found.layer_sets else asked
-
-
-def _second_moments(found: Recipe) -> dict[str, Tensor]:
-    if found.second_moments is None or not found.second_moments.is_file():
-        raise ConfigError(
-            f"--adam: recipe {found.name} has no second moments; they are kept by whence train. Train with it, or leave --adam out."
-        )
-    import safetensors.torch
-
-    return safetensors.torch.load_file(found.second_moments)
-
-
-def _folder(found: Recipe, run: RunOptions) -> Path:
-    return run.run_dir or Path("runs") / found.name
 
 
 def _scores_folder(run_dir: Path, strategy: str) -> Path:

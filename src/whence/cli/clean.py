@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from whence.cli import output
-from whence.cli.attribute import Flat, RecipeName, open_recipe
-from whence.cli.options import Count, DataOptions, InverseOptions, RunOptions, Switch, parse_damping, parse_response
+from whence.cli.opening import Flat, RecipeName, open_recipe
+from whence.cli.options import DataOptions, InverseOptions, RunOptions
+from whence.cli.values import Count, Switch, parse_damping, parse_response
 
 
 def clean(

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from whence.cli import output
-from whence.cli.options import Switch, Whole
+from whence.cli.values import Switch, Whole
 
 
 def demo(

@@ -9,19 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from whence.cli import output
-from whence.cli.attribute import Flat, RecipeName, open_recipe
-from whence.cli.options import (
-    Count,
-    DataOptions,
-    InverseOptions,
-    Names,
-    Numbers,
-    RetrainOptions,
-    RunOptions,
-    Share,
-    Switch,
-    parse_damping,
-)
+from whence.cli.opening import Flat, RecipeName, open_recipe
+from whence.cli.options import DataOptions, InverseOptions, RetrainOptions, RunOptions
+from whence.cli.values import Count, Names, Numbers, Share, Switch, parse_damping
 from whence.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -33,6 +23,9 @@ if TYPE_CHECKING:
 
 ScoreNames = Annotated[Names, Parameter(help="Scores to judge, by the names of their folders in the run folder: ekfac,identity.")]
 _MEASURES = {"Spearman": "spearman", "Pearson": "pearson", "overlap of the top": "overlap"}
+Baselines = Annotated[
+    Names | None, Parameter(help="Baselines to compare with, separated by commas, for example random,bm25,loss. Default: all.")
+]
 Plot = Annotated[Path | None, Parameter(help="Also draw the result into this file, .png or .svg.")]
 
 
@@ -41,6 +34,7 @@ def lds(
     /,
     *,
     scores: ScoreNames,
+    baselines: Baselines = None,
     masks: Count = 100,
     share: Share = 0.5,
     retraining: Annotated[RetrainOptions, Flat] = RetrainOptions(),  # noqa: B008  (read only; the parser makes a new one per call)
@@ -55,7 +49,7 @@ def lds(
     """
     from whence.evidence.compare import lds_table
 
-    attributor, found, orders = _orders(recipe, run, data, scores)
+    attributor, found, orders = _orders(recipe, run, data, scores, baselines)
     made = lds_table(
         attributor,
         found,
@@ -87,6 +81,7 @@ def counterfactual(
     /,
     *,
     scores: ScoreNames,
+    baselines: Baselines = None,
     remove: Numbers,
     mode: Literal["each", "sum"] = "each",
     queries: Numbers | None = None,
@@ -104,7 +99,7 @@ def counterfactual(
     """
     from whence.evidence.compare import counterfactual_of
 
-    attributor, found, orders = _orders(recipe, run, data, scores)
+    attributor, found, orders = _orders(recipe, run, data, scores, baselines)
     result = counterfactual_of(
         attributor,
         found,
@@ -196,6 +191,7 @@ def tail_patch(
     /,
     *,
     scores: ScoreNames,
+    baselines: Baselines = None,
     k: Count = 10,
     learning_rate: float = 1e-3,
     queries: Numbers | None = None,
@@ -211,7 +207,7 @@ def tail_patch(
     """
     from whence.evidence.compare import tail_patch_of
 
-    attributor, found, orders = _orders(recipe, run, data, scores)
+    attributor, found, orders = _orders(recipe, run, data, scores, baselines)
     result = tail_patch_of(attributor, found, orders, k=k, learning_rate=learning_rate, queries=queries)
     rows = [[name, *_with_interval(result.fall(name))] for name in result.falls]
     lines = [
@@ -249,13 +245,15 @@ def duplicates(
     output.closing(attributor)
 
 
-def _orders(recipe: str, run: RunOptions, data: DataOptions, names: list[str]) -> tuple[Attributor, Recipe, dict[str, Tensor]]:
+def _orders(
+    recipe: str, run: RunOptions, data: DataOptions, names: list[str], baselines: list[str] | None
+) -> tuple[Attributor, Recipe, dict[str, Tensor]]:
     """Open a recipe and read the scores to be judged, then make the baselines."""
     from whence.evidence.compare import baseline_scores, saved_scores
 
     attributor, found = open_recipe(recipe, run, data)
     saved = saved_scores(attributor, found, names)
-    return attributor, found, saved | baseline_scores(attributor, found, seed=run.seed)
+    return attributor, found, saved | baseline_scores(attributor, found, names=baselines, seed=run.seed)
 
 
 def _flipped(found: Recipe) -> Tensor:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from whence.cli import output
-from whence.cli.attribute import Flat, RecipeName, open_recipe
-from whence.cli.options import DataOptions, FitOptions, ResponseOptions, RunOptions, ScoreOptions, parse_response
+from whence.cli.opening import Flat, RecipeName, open_recipe
+from whence.cli.options import DataOptions, FitOptions, ResponseOptions, RunOptions, ScoreOptions
+from whence.cli.values import parse_response
 from whence.errors import ConfigError
 
 

@@ -8,8 +8,9 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from whence.cli import output
-from whence.cli.attribute import Flat
-from whence.cli.options import DataOptions, Switch, TrainOptions, Whole
+from whence.cli.opening import Flat
+from whence.cli.options import DataOptions, TrainOptions
+from whence.cli.values import Switch, Whole
 
 
 def train(

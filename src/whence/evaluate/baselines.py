@@ -27,7 +27,7 @@ from whence.tasks.base import Task
 from whence.tasks.hugging_face import bare, forward_parameters
 from whence.tasks.supervised import Classification
 
-BASELINES = ("random", "bm25", "bm25, signed by label", "embedding", "embedding, signed by label", "gradient cosine", "loss")
+BASELINES = ("random", "bm25", "bm25 signed", "embedding", "embedding signed", "gradient cosine", "loss")
 """Names of the baselines in the order of tables; "gradient cosine" is `Attributor.scores(strategy="identity", normalize="cosine")`."""
 
 _COMMON = 0.95

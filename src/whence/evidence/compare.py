@@ -13,7 +13,7 @@ from torch import Tensor
 
 from whence.attributor import Attributor
 from whence.errors import ConfigError, MismatchError
-from whence.evaluate.baselines import bm25_scores, embedding_scores, loss_scores, random_scores, signed_by_class
+from whence.evaluate.baselines import BASELINES, bm25_scores, embedding_scores, loss_scores, random_scores, signed_by_class
 from whence.evaluate.counterfactual import RANDOM, counterfactual
 from whence.evaluate.duplicates import DuplicateRanks, duplicate_ranks, sample_rows
 from whence.evaluate.lds import Lds, lds
@@ -69,28 +69,55 @@ def row_losses(attributor: Attributor, recipe: Recipe) -> Tensor:
     return torch.cat(parts)
 
 
-def baseline_scores(attributor: Attributor, recipe: Recipe, *, seed: int = 0) -> Orders:
-    """Return the baselines that every table has: random, BM25 (of rows that are text), embeddings, gradient cosine, loss.
+def baseline_scores(attributor: Attributor, recipe: Recipe, *, names: Sequence[str] | None = None, seed: int = 0) -> Orders:
+    """Return the baselines that every table has, those of them that the recipe's rows allow.
 
-    Similarities of classified rows stand there twice, the second time (signed) negative where the classes differ.
+    BM25 is of rows that are text. Similarities of classified rows stand there twice, the second time (signed) negative where
+    the classes differ.
+
+    Args:
+        attributor, recipe: of the model that was scored.
+        names: which of `whence.evaluate.baselines.BASELINES`; None: all.
+        seed: of the random one.
+
+    Raises:
+        ConfigError: there is no baseline of a name.
     """
+    unknown = sorted(set(names or ()) - set(BASELINES))
+    if unknown:
+        raise ConfigError(f"{unknown[0]!r} is no baseline; choose from {', '.join(BASELINES)}.")
+    wanted = [name for name in (names or BASELINES) if _possible(name, recipe)]
+    made: Orders = {}
+    for name in wanted:
+        plain = name.removesuffix(" signed")
+        if plain not in made:
+            made[plain] = _baseline(plain, attributor, recipe, seed)
+        if name != plain:
+            assert recipe.query_classes is not None
+            assert recipe.classes is not None
+            made[name] = signed_by_class(made[plain], recipe.query_classes, recipe.classes)
+    return {name: made[name] for name in wanted}
+
+
+def _possible(name: str, recipe: Recipe) -> bool:
+    text = isinstance(recipe.train[0], Mapping) and recipe.train[0].get("input_ids") is not None
+    classified = recipe.classes is not None and recipe.query_classes is not None
+    return (text or not name.startswith("bm25")) and (classified or not name.endswith(" signed"))
+
+
+def _baseline(name: str, attributor: Attributor, recipe: Recipe, seed: int) -> Tensor:
     queries, train = recipe.queries, recipe.train
-    found: Orders = {"random": random_scores(len(queries), len(train), seed=seed)}
-    similar = {}
+    if name == "random":
+        return random_scores(len(queries), len(train), seed=seed)
+    if name == "gradient cosine":
+        options: dict[str, Any] = {"strategy": "identity", "normalize": "cosine", "name": "gradient-cosine", "overwrite": True}
+        return attributor.scores(queries, train, **options).values
+    if name == "loss":
+        return loss_scores(row_losses(attributor, recipe), len(queries))
     with attributor.stages.stage("Baselines"):
-        if isinstance(train[0], Mapping) and train[0].get("input_ids") is not None:
-            similar["bm25"] = bm25_scores(queries, train)
-        similar["embedding"] = embedding_scores(
-            recipe.model, queries, train, collate=recipe.collate, device=attributor.device, task=recipe.task
-        )
-    for name, scores in similar.items():
-        found[name] = scores
-        if recipe.classes is not None and recipe.query_classes is not None:
-            found[f"{name} signed"] = signed_by_class(scores, recipe.query_classes, recipe.classes)
-    cosine = attributor.scores(queries, train, strategy="identity", normalize="cosine", name="gradient-cosine", overwrite=True)
-    found["gradient cosine"] = cosine.values
-    found["loss"] = loss_scores(row_losses(attributor, recipe), len(queries))
-    return found
+        if name == "bm25":
+            return bm25_scores(queries, train)
+        return embedding_scores(recipe.model, queries, train, collate=recipe.collate, device=attributor.device, task=recipe.task)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from whence.recipes.base import Recipe
 from whence.recipes.family import Labels, TokenizerStyle, check_length, label_number
 from whence.recipes.finetune import open_finetuned
 from whence.recipes.rows import Row, Source, need_columns
-from whence.recipes.settings import DataSettings, PresetName
+from whence.recipes.settings import DataSettings, PresetName, data_settings
 
 HUB = "nyu-mll/glue"
 
@@ -146,4 +146,4 @@ class Glue:
 
 def glue(*, checkpoint_dir: str | Path | None = None, **data: Any) -> Recipe:
     """Open a model trained by `whence train glue`, or a checkpoint of your own; see `DataSettings` for the options."""
-    return open_finetuned(Glue(), checkpoint_dir, DataSettings(**data))
+    return open_finetuned(Glue(), checkpoint_dir, data_settings(data))

@@ -123,6 +123,19 @@ class TrainingSettings:
         return replace(self, **{name: value for name, value in other.items() if getattr(self, name) is None})
 
 
+def data_settings(options: dict[str, Any]) -> DataSettings:
+    """Return the settings of keyword arguments.
+
+    Raises:
+        ConfigError: there is no such option.
+    """
+    names = [field.name for field in fields(DataSettings)]
+    unknown = sorted(set(options) - set(names))
+    if unknown:
+        raise ConfigError(f"{unknown[0]!r} is no option of data; there are {', '.join(names)}.")
+    return DataSettings(**options)
+
+
 def to_json(settings: DataSettings | TrainingSettings) -> dict[str, Any]:
     """Return the fields as JSON values."""
     return asdict(settings)

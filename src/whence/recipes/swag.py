@@ -20,7 +20,7 @@ from whence.recipes.base import Recipe
 from whence.recipes.family import TokenizerStyle, check_length
 from whence.recipes.finetune import open_finetuned
 from whence.recipes.rows import Row, Source, need_columns
-from whence.recipes.settings import DataSettings, PresetName
+from whence.recipes.settings import DataSettings, PresetName, data_settings
 
 SOURCES = {
     "swag": Source(folder="swag", hub="allenai/swag", config="regular"),
@@ -141,4 +141,4 @@ def _even(columns: dict[str, list[list[int]]], tokenizer: Any) -> dict[str, list
 
 def swag(*, checkpoint_dir: str | Path | None = None, **data: Any) -> Recipe:
     """Open a model trained by `whence train swag`, or a checkpoint of your own; see `DataSettings` for the options."""
-    return open_finetuned(Swag(), checkpoint_dir, DataSettings(**data))
+    return open_finetuned(Swag(), checkpoint_dir, data_settings(data))

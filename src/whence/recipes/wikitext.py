@@ -23,7 +23,7 @@ from whence.recipes.base import Recipe
 from whence.recipes.family import TokenizerStyle, check_length
 from whence.recipes.finetune import open_finetuned
 from whence.recipes.rows import Row, Source, need_columns
-from whence.recipes.settings import DataSettings, PresetName
+from whence.recipes.settings import DataSettings, PresetName, data_settings
 
 _BLOCKS = ["*.attn.c_attn", "*.attn.c_proj", "*.mlp.c_fc", "*.mlp.c_proj"]
 
@@ -107,4 +107,4 @@ class WikiText:
 
 def wikitext(*, checkpoint_dir: str | Path | None = None, **data: Any) -> Recipe:
     """Open a model trained by `whence train wikitext`, or a checkpoint of your own; see `DataSettings` for the options."""
-    return open_finetuned(WikiText(), checkpoint_dir, DataSettings(**data))
+    return open_finetuned(WikiText(), checkpoint_dir, data_settings(data))
