@@ -237,11 +237,12 @@ def duplicates(
     damping = parse_damping(inverse.damping)
     attributor, found = open_recipe(recipe, run, data)
     results = duplicates_of(attributor, found, count=count, strategy=inverse.strategy, damping=damping, seed=run.seed)
-    rows = [[name, *(f"{value:.3f}" for value in one.to_json().values())] for name, one in results.items()]
-    headings = ["scores", *next(iter(results.values())).to_json()]
-    output.data(
-        output.table(headings, rows), {"recipe": found.name, "scores": {n: o.to_json() for n, o in results.items()}}, as_json=run.json
-    )
+    rows = [
+        [name, f"{one.recall(1).value:.1%}", f"{one.recall(10).value:.1%}", f"{one.mean_reciprocal.value:.3f}"]
+        for name, one in results.items()
+    ]
+    lines = output.table(["scores", "itself first", "in the first 10", "mean reciprocal rank"], rows)
+    output.data(lines, {"recipe": found.name, "scores": {name: one.to_json() for name, one in results.items()}}, as_json=run.json)
     output.closing(attributor)
 
 

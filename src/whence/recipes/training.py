@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from itertools import pairwise
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -144,7 +145,7 @@ def segments(steps: int, count: int) -> list[tuple[int, int]]:
     """Cut a run into `count` equal segments; return the middle and the last step of each."""
     count = min(count, steps)
     ends = [(number + 1) * steps // count for number in range(count)]
-    return [((first + last + 2) // 2, last) for first, last in zip([0, *ends[:-1]], ends, strict=True)]
+    return [((first + last + 2) // 2, last) for first, last in pairwise([0, *ends])]
 
 
 def _arguments(transformers: Any, settings: TrainingSettings, rows: int, seed: int, folder: str) -> Any:
