@@ -7,7 +7,8 @@ A checkpoint folder holds the trained model and its tokenizer as `from_pretraine
 
 from __future__ import annotations
 
-from dataclasses import fields
+import os
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from whence.pretrained.kinds import need
 from whence.recipes.base import Recipe
 from whence.recipes.family import Family
 from whence.recipes.retraining import START, retraining
-from whence.recipes.rows import Row
+from whence.recipes.rows import DATA_VARIABLE, Row
 from whence.recipes.settings import DataSettings, TrainingSettings, to_json
 from whence.recipes.splits import collate_of, encode_train, read_splits, read_train, task_of
 from whence.recipes.start import make_start, quiet
@@ -59,7 +60,8 @@ def train_recipe(
     folder = Path(checkpoint_dir)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not overwrite):
         raise ConfigError(f"{folder} is not empty. Give a new folder as --checkpoint-dir, or --overwrite to replace what is there.")
-    data = family.settled(data)
+    # The variable may be another when the folder is opened again.
+    data = family.settled(replace(data, data=data.data or os.environ.get(DATA_VARIABLE) or None))
     training = training.over(family.defaults(data, training.preset))
     raw = read_train(family, data)
     model, tokenizer = make_start(family, raw, data, training)
