@@ -48,9 +48,9 @@ def models(setting: Setting, *, strategy: str = "ekfac", adam: bool = False, **o
     ).values
 
 
-def run_mean(setting: Setting, *, strategy: str = "ekfac", adam: bool = False, **options: Any) -> Tensor:
+def run_mean(setting: Setting, *, strategy: str = "ekfac", adam: bool = False, first: int | None = None, **options: Any) -> Tensor:
     """Score with the mean over the run's own snapshots; with identity that is TracIn (G. Pruthi et al., 2020)."""
-    checkpoints = setting.over_run(f"run{'-adam' if adam else ''}", adam=adam).fit(setting.recipe.train, strategy=strategy)
+    checkpoints = setting.over_run(f"run{'-adam' if adam else ''}", first=first, adam=adam).fit(setting.recipe.train, strategy=strategy)
     return checkpoints.scores(
         setting.recipe.queries, setting.recipe.train, strategy=strategy, **options, name="last", overwrite=True
     ).values
@@ -75,7 +75,11 @@ METHODS: dict[str, Method] = {name: partial(baseline, name=name) for name in BAS
     "ekfac, rank 32": partial(fitted, query_rank=32),
     "ekfac, bfloat16": partial(fitted, precision="bfloat16"),
     **{f"ekfac, {amount:g} of the model's mean": partial(fitted, damping=relative(amount)) for amount in (0.1, 1.0, 10.0, 100.0)},
-    "ekfac, cosine": partial(fitted, normalize="cosine"),
+    "ekfac, relatif": partial(fitted, normalize="relatif"),
+    "identity, first snapshot": partial(run_mean, strategy="identity", first=1),
+    "gradient cosine, mean over the run": partial(run_mean, strategy="identity", normalize="cosine"),
+    "ekfac, first snapshot": partial(run_mean, first=1),
+    "ekfac, relatif, mean over the run": partial(run_mean, normalize="relatif"),
     "identity, Adam": partial(fitted, strategy="identity", adam=True),
     "ekfac, Adam": partial(fitted, adam=True),
     "ekfac, Adam, 10 of the model's mean": partial(fitted, adam=True, damping=relative(10.0)),

@@ -63,9 +63,9 @@ class Setting:
         """Return an attributor with a run folder of its own."""
         return Attributor(self.recipe.model, self.recipe.task, run_dir=self.work / "runs" / name, **self.options(**options))
 
-    def over_run(self, name: str, **options: Any) -> Checkpoints:
-        """Return the checkpoints of the run itself, each the middle of a segment."""
-        files = [file for file, _ in self.recipe.snapshots]
+    def over_run(self, name: str, *, first: int | None = None, **options: Any) -> Checkpoints:
+        """Return the (`first`) checkpoints of the run itself, each the middle of a segment."""
+        files = [file for file, _ in self.recipe.snapshots[:first]]
         return Checkpoints(self.recipe.model, self.recipe.task, files, run_dir=self.work / "runs" / name, **self.options(**options))
 
     def over_models(self, name: str, **options: Any) -> Checkpoints:

@@ -45,8 +45,8 @@ class Additive:
         return [tuple(sorted(set(range(self.values.shape[1])) - set(rows))) for rows, _ in self.calls]
 
 
-def additive(queries: int = 4, **options) -> Additive:
-    values = torch.randn(queries, TRAIN, generator=torch.Generator().manual_seed(3)).double()
+def additive(queries: int = 4, rows: int = TRAIN, **options) -> Additive:
+    values = torch.randn(queries, rows, generator=torch.Generator().manual_seed(3)).double()
     # Trained on all rows every query measures -1: right, by a little.
     return Additive(values, values.sum(1) - 1, **options)
 
@@ -136,11 +136,11 @@ def test_queries_that_a_base_model_misclassifies_are_left_out_and_counted():
 
 
 def test_all_orders_and_removals_share_the_seeds_of_their_repeats():
-    procedure = additive()
+    procedure = additive(rows=1000)
     orders = {"exact": procedure.values, "opposite": -procedure.values}
     counterfactual(orders, procedure, remove=[1, 2], mode="each", repeats=2, base_repeats=3, seed=5)
     seeds = [repeat_seed(5, 0, repeat) for repeat in range(3)]
-    everything = tuple(range(TRAIN))
+    everything = tuple(range(1000))
     assert [seed for rows, seed in procedure.calls if rows == everything] == seeds
     assert {seed for rows, seed in procedure.calls if rows != everything} == set(seeds[:2])
     assert len(procedure.calls) == 3 + 3 * 2 * 2 * 4
@@ -304,15 +304,15 @@ def test_rows_whose_removal_was_tried_one_by_one_hurt_more_than_random_ones():
 
 def test_nothing_is_trained_twice_and_what_was_interrupted_goes_on(tmp_path):
     options = {"remove": [1, 3], "mode": "each", "repeats": 2, "folder": tmp_path}
-    first = additive(stop_at=10)
+    first = additive(rows=1000, stop_at=10)
     orders = {"exact": first.values}
     with pytest.raises(KeyboardInterrupt):
         counterfactual(orders, first, **options)
-    second = additive()
+    second = additive(rows=1000)
     result = counterfactual(orders, second, **options)
     assert not set(first.calls) & set(second.calls)
     assert len(first.calls) + len(second.calls) == 2 + 2 * 2 * 2 * 4
-    third = additive()
+    third = additive(rows=1000)
     again = counterfactual(orders, third, **options)
     assert third.calls == []
     assert torch.equal(again.after, result.after)
@@ -338,7 +338,7 @@ def test_the_result_as_json_and_as_a_table():
     assert plain["settings"] == {"key": procedure.key, "seed": 2, "train": TRAIN}
     assert isinstance(result.effects[0], Effect)
     text = printed(result)
-    assert "4 queries, 1 repeats" in text
+    assert "4 queries, repeats: 1" in text
     assert "11 (mean " in text
     single = counterfactual({"exact": procedure.values}, procedure, remove=[1], mode="each", queries=[0], repeats=1)
     assert single.to_json()["effects"][1]["rise"]["interval"] is None

@@ -15,7 +15,7 @@ def test_weights_are_means_over_draws():
     weights = bootstrap_weights(7, resamples=50, seed=1)
     assert weights.shape == (50, 7)
     torch.testing.assert_close(weights.sum(1), torch.ones(50).double())
-    assert torch.equal((weights * 7).round() / 7, weights)
+    torch.testing.assert_close((weights * 7).round() / 7, weights)
     assert torch.equal(weights, bootstrap_weights(7, resamples=50, seed=1))
     assert not torch.equal(weights, bootstrap_weights(7, resamples=50, seed=2))
     with pytest.raises(ConfigError, match="resamples=1 gives no interval"):

@@ -12,6 +12,8 @@ from whence.errors import ConfigError, StorageError
 from whence.evaluate.removal import Counterfactual
 from whence.report.counterfactual import counterfactual_picture
 
+pytest.importorskip("matplotlib")
+
 
 def result(*, mode="each", queries=6, tokens=None) -> Counterfactual:
     generator = torch.Generator().manual_seed(0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -63,8 +62,7 @@ def lds(
     )
     figures = made.to_json()
     rows = [
-        [name, f"{one['lds']:.3f}", _interval(one["interval"]), "{:+.3f} [{:+.3f}, {:+.3f}]".format(*one["minus_first"] or [math.nan] * 3)]
-        for name, one in figures["methods"].items()
+        [name, f"{one['lds']:.3f}", _interval(one["interval"]), _difference(one["minus_first"])] for name, one in figures["methods"].items()
     ]
     trust, ceiling = figures["reliability"], figures["ceiling"]
     known = "reliability unknown with one repeat" if trust is None else f"reliability {trust:.3f}, ceiling {ceiling:.3f}"
@@ -265,6 +263,10 @@ def _flipped(found: Recipe) -> Tensor:
 
 def _interval(ends: list[float] | None) -> str:
     return "" if ends is None else "[{:.3f}, {:.3f}]".format(*ends)
+
+
+def _difference(three: list[float] | None) -> str:
+    return "" if three is None else "{:+.3f} [{:+.3f}, {:+.3f}]".format(*three)
 
 
 def _with_interval(estimate: Estimate) -> list[str]:

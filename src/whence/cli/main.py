@@ -25,19 +25,19 @@ from whence.errors import MismatchError, NotFittedError, NumericalError, Storage
 
 # One line per verb, shown at the end of its help; the tests run each of them.
 EXAMPLES = {
-    "train": "whence train glue --task rte --preset tiny --checkpoint-dir checkpoints/rte",
+    "train": "whence train glue --task rte --preset tiny",
     "plan": "whence plan digits --strategy ekfac",
     "fit": "whence fit digits --strategy ekfac --max-examples 256",
     "score": "whence score digits --damping relative:0.1",
     "self": "whence self digits --k 20",
     "top": "whence top digits --query 0,3 --k 5 --bottom",
     "evaluate lds": "whence evaluate lds digits --scores ekfac --masks 4 --repeats 1",
-    "evaluate counterfactual": "whence evaluate counterfactual digits --scores ekfac --remove 10,20 --mode sum --repeats 1",
+    "evaluate counterfactual": "whence evaluate counterfactual digits --scores ekfac --remove 20 --mode sum",
     "evaluate agreement": "whence evaluate agreement runs/digits/scores/ekfac runs/digits/scores/identity",
     "evaluate mislabeled": "whence evaluate mislabeled digits",
     "evaluate tail-patch": "whence evaluate tail-patch digits --scores ekfac",
     "evaluate duplicates": "whence evaluate duplicates digits",
-    "clean": "whence clean digits --drop mislabeled --fraction 0.05 --out cleaned.parquet",
+    "clean": "whence clean digits --fraction 0.05 --out cleaned.parquet",
     "demo": "whence demo --out runs/demo",
 }
 
@@ -78,7 +78,7 @@ def make_app() -> App:
         if group not in groups:
             groups[group] = App(name=group, help=GROUPS[group], help_format="plaintext")
             app.command(groups[group])
-        groups[group].command(verb, name=last, help_epilogue=f"Example: {EXAMPLES[name]}")
+        groups[group].command(verb, name=last, help_epilogue=f"Example:\n{EXAMPLES[name]}")
     return app
 
 

@@ -4,6 +4,16 @@ Two designs. `"each"`: every query by itself loses its own top rows, and counts 
 again misclassify it. `"sum"`: the scores of some queries are summed, the top rows of the sum are removed for all of them
 together, and their mean measurement or perplexity is followed. A random order stands beside every order that is given.
 
+- Only rows with a positive score are removed: an order that calls fewer rows helpful than are to go removes those, and the
+  result says for how many queries. Rows of equal score come in a random order.
+- Repeat r has the same training seed for all orders, removals and queries, and for the training on all rows that it is
+  compared with: what the seed alone does drops out.
+- With `"each"` only those queries are taken that every base model classifies right (measurement below 0); the others are
+  counted. They are chosen by the same base models that removals are compared with, which makes for a small rise in any
+  order, the random one included: compare orders with each other.
+- There are `base_repeats` + (orders + 1) x removals x repeats trainings, with `"each"` the latter for every query; equal ones
+  run once.
+
 Kronfluence's scripts (`examples/glue` and `examples/wikitext`, `run_counterfactual.py`) have the same two designs; here
 differ: once a query has flipped they count it as flipped for all larger removals without a training, here every removal is
 trained; their random order for classifiers takes its rows from the first 100 places of the evaluation set's labels, here it
@@ -12,7 +22,9 @@ draws from all training rows, anew for every query and repeat; they give no inte
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +32,7 @@ import torch
 from torch import Tensor
 
 from whence.errors import ConfigError, DataError
+from whence.evaluate.estimates import check_resamples
 from whence.evaluate.removal import Counterfactual
 from whence.evaluate.retrain import Procedure, RetrainSpec, repeat_seed, retrain_all
 from whence.runtime.batches import check_rows
@@ -28,13 +41,15 @@ from whence.runtime.progress import Stages
 RANDOM = "random"
 """The name of the random order in results."""
 
+Mode = Literal["each", "sum"]
+
 
 def counterfactual(
     orders: Mapping[str, Tensor],
     procedure: Procedure,
     *,
     remove: Sequence[int],
-    mode: Literal["each", "sum"],
+    mode: Mode,
     queries: Sequence[int] | None = None,
     repeats: int = 3,
     base_repeats: int | None = None,
@@ -46,63 +61,35 @@ def counterfactual(
     backend: str = "loky",
     stages: Stages | None = None,
 ) -> Counterfactual:
-    """Remove the rows that each order calls most helpful, train again, and measure the queries.
-
-    Only rows with a positive score are removed: an order that calls fewer than `k` rows helpful removes those, and the result
-    says for how many queries. Rows of equal score come in a random order. Repeat r has the same training seed for all orders,
-    removals and queries and for the training on all rows that it is compared with, so what the seed alone does drops out.
-
-    With `"each"` only those queries are taken that every base model classifies right (measurement below 0); the result counts
-    the others. They are chosen by the same base models that removals are compared with, which favours a small rise in any
-    order, the random one included: compare orders with each other.
-
-    The number of trainings is about `base_repeats` + (orders + 1) x removals x repeats, with `"each"` times queries.
+    """Remove the rows that each order calls most helpful, train again, and measure the queries; see the top of this file.
 
     Args:
-        orders: by name, scores `[query, train]`, high for rows that push the measurement down; queries are all those that the
-            procedure measures. The random order is drawn here.
-        procedure: trains and measures. For `"each"` the measurement must be minus the log-odds of the label (`"margin"`),
-            which is above 0 where the query is misclassified.
-        remove: how many rows; 0, the base, is always in the result.
-        mode: `"each"` or `"sum"`, see the top of this file.
-        queries: which ones to ask about; None: all.
-        repeats: trainings per removal, with different seeds; one leaves the chance of a training out of the intervals.
+        orders: by name, scores `[query, train]`, high for rows that push the measurement down; the random one is drawn here.
+        procedure: trains and measures, for `"each"` minus the log-odds of the label (`"margin"`): above 0 is misclassified.
+        remove: numbers of rows; 0, the base, is always in the result.
+        mode: `"each"` or `"sum"`.
+        queries: which of the procedure's to ask about; None: all.
+        repeats: trainings per removal, with different seeds; one leaves the chance of training out of the intervals.
         base_repeats: trainings on all rows, at least `repeats`; None: as many.
-        tokens: trained tokens of every query, `[query]`, where the measurement is a loss summed over them: the result then
-            has perplexities. For `"sum"` only.
+        tokens: trained tokens `[query]` where the measurement is a loss summed over them, for perplexities; with `"sum"` only.
         seed: of trainings, random orders and bootstrap samples.
         resamples: bootstrap samples for the intervals.
-        folder, n_jobs, backend, stages: as of `whence.evaluate.retrain.retrain_bank`; finished trainings are kept and found again.
+        folder, n_jobs, backend, stages: as of `whence.evaluate.retrain.retrain_bank`.
 
     Raises:
-        ConfigError: an option cannot be used. DataError: scores are not finite or of other sizes, or no query can be taken.
+        ConfigError: an option cannot be used. DataError: scores are not finite or do not fit, or no query is classified right.
         NumericalError, StorageError: as of `retrain_bank`.
     """
     train = _check_orders(orders)
     counts = _check_counts(remove, train)
     base_repeats = repeats if base_repeats is None else base_repeats
     _check_options(mode, repeats, base_repeats, resamples, tokens)
-    everything = tuple(range(train))
-
-    def measured(jobs: Sequence[tuple[tuple[int, ...], int]]) -> Tensor:
-        specs = [RetrainSpec(key=procedure.key, rows=rows, seed=repeat_seed(seed, 0, repeat)) for rows, repeat in jobs]
-        return torch.stack(retrain_all(procedure, specs, folder=folder, n_jobs=n_jobs, backend=backend, stages=stages))
-
-    base = measured([(everything, repeat) for repeat in range(base_repeats)])
+    run = partial(retrain_all, procedure, folder=folder, n_jobs=n_jobs, backend=backend, stages=stages)
+    trainings = _Trainings(run=run, key=procedure.key, rows=tuple(range(train)), seed=seed)
+    base = trainings.without([([], repeat) for repeat in range(base_repeats)])
     taken, left_out = _choose(base, orders, queries, mode)
     tokens = None if tokens is None else _check_tokens(tokens, base.shape[1])[taken]
-    groups = [[query] for query in taken] if mode == "each" else [taken]
-    rankings = [
-        [_rankings(scores, group, repeats, seed) for scores in orders.values()] + [_random(train, group, repeats, seed)] for group in groups
-    ]
-    jobs = [
-        (_without(everything, ranking[:count]), repeat)
-        for of_group in rankings
-        for of_order in of_group
-        for count in counts
-        for repeat, ranking in enumerate(of_order)
-    ]
-    after = measured(jobs).view(len(groups), len(orders) + 1, len(counts), repeats, -1)
+    after, helpful = _remove(trainings, orders, counts, taken, repeats, mode)
     return Counterfactual(
         mode=mode,
         methods=(*orders, RANDOM),
@@ -110,16 +97,57 @@ def counterfactual(
         queries=tuple(taken),
         left_out=left_out,
         base=base[:, taken],
-        # A model that lost the rows of one query speaks of that query alone.
-        after=after[range(len(groups)), ..., taken].movedim(0, -1) if mode == "each" else after[0, ..., taken],
-        helpful=torch.tensor([[len(of_order[0]) for of_order in of_group] for of_group in rankings]).T,
+        after=after,
+        helpful=helpful,
         tokens=tokens,
         resamples=resamples,
         settings={"key": procedure.key, "seed": seed, "train": train},
     )
 
 
-def _rankings(scores: Tensor, group: list[int], repeats: int, seed: int) -> list[list[int]]:
+@dataclass(frozen=True, kw_only=True)
+class _Trainings:
+    """Trains on all rows but some."""
+
+    run: Callable[[Sequence[RetrainSpec]], list[Tensor]]
+    key: str
+    rows: tuple[int, ...]
+    seed: int
+
+    def without(self, jobs: Sequence[tuple[list[int], int]]) -> Tensor:
+        """Return the measurements `[job, query]` of jobs, each the rows to remove and the number of the repeat."""
+        specs = []
+        for removed, repeat in jobs:
+            gone = set(removed)
+            kept = tuple(row for row in self.rows if row not in gone)
+            specs.append(RetrainSpec(key=self.key, rows=kept, seed=repeat_seed(self.seed, 0, repeat)))
+        return torch.stack(self.run(specs))
+
+
+def _remove(
+    trainings: _Trainings, orders: Mapping[str, Tensor], counts: tuple[int, ...], taken: list[int], repeats: int, mode: Mode
+) -> tuple[Tensor, Tensor]:
+    """Return measurements `[method, removal, repeat, query]`, and how many rows each order could remove, `[method, group]`."""
+    groups = [[query] for query in taken] if mode == "each" else [taken]
+    rankings = [
+        [_ranking(scores, group, repeats, trainings.seed) for scores in orders.values()]
+        + [[_draw(len(trainings.rows), group, repeat, trainings.seed).tolist() for repeat in range(repeats)]]
+        for group in groups
+    ]
+    jobs = [
+        (ranking[:count], repeat)
+        for of_group in rankings
+        for of_order in of_group
+        for count in counts
+        for repeat, ranking in enumerate(of_order)
+    ]
+    after = trainings.without(jobs).view(len(groups), len(orders) + 1, len(counts), repeats, -1)
+    # A model that lost the rows of one query speaks of that query alone.
+    after = after[range(len(groups)), ..., taken].movedim(0, -1) if mode == "each" else after[0][..., taken]
+    return after, torch.tensor([[len(of_order[0]) for of_order in of_group] for of_group in rankings]).T
+
+
+def _ranking(scores: Tensor, group: list[int], repeats: int, seed: int) -> list[list[int]]:
     """Return the rows with a positive sum of scores over a group of queries, most helpful first, once per repeat."""
     summed = scores[group].double().cpu().sum(0)
     # Rows of equal score in random order: their order in the data set must play no part.
@@ -128,19 +156,11 @@ def _rankings(scores: Tensor, group: list[int], repeats: int, seed: int) -> list
     return [ranked[: int((summed > 0).sum())].tolist()] * repeats
 
 
-def _random(train: int, group: list[int], repeats: int, seed: int) -> list[list[int]]:
-    return [_draw(train, group, repeat, seed).tolist() for repeat in range(repeats)]
-
-
 def _draw(train: int, group: list[int], repeat: int, seed: int) -> Tensor:
+    """Return all training rows in a random order."""
     # Keyed by the query itself: asking about more of them changes nothing for these. Number 0 keys the trainings.
     key = repeat_seed(seed, 1 + group[0], repeat)
     return torch.randperm(train, generator=torch.Generator().manual_seed(key))
-
-
-def _without(rows: tuple[int, ...], removed: list[int]) -> tuple[int, ...]:
-    gone = set(removed)
-    return tuple(row for row in rows if row not in gone)
 
 
 def _choose(base: Tensor, orders: Mapping[str, Tensor], queries: Sequence[int] | None, mode: str) -> tuple[list[int], tuple[int, ...]]:
@@ -190,8 +210,7 @@ def _check_options(mode: str, repeats: int, base_repeats: int, resamples: int, t
         raise ConfigError(f"mode={mode!r} is not known; choose 'each' or 'sum'.")
     if repeats < 1 or base_repeats < repeats:
         raise ConfigError(f"repeats={repeats}, base_repeats={base_repeats}; give 1 or more, and no fewer on all rows than on some.")
-    if resamples < 2:
-        raise ConfigError(f"resamples={resamples!r} gives no interval; use 2 or more, 1000 for two sure digits.")
+    check_resamples(resamples)
     if tokens is not None and mode != "sum":
         raise ConfigError("tokens make perplexities, which are of mode='sum'; leave tokens out.")
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset
 
 from whence.errors import ConfigError, DataError
-from whence.evaluate.estimates import Estimate, mean_estimate, share_estimate
+from whence.evaluate.estimates import Estimate, check_resamples, mean_estimate, share_estimate
 from whence.runtime.batches import check_dataset, check_rows
 
 
@@ -119,13 +119,14 @@ def duplicate_ranks(scores: Tensor, positions: Sequence[int], *, resamples: int 
         resamples, seed: of the bootstrap over queries.
 
     Raises:
-        DataError: sizes do not fit or a score is NaN. ConfigError: a position is no row.
+        DataError: sizes do not fit or a score is NaN. ConfigError: a position is no row, or there are fewer than 2 samples.
     """
     if scores.dim() != 2 or len(scores) != len(positions):
         raise DataError(f"scores have shape {tuple(scores.shape)} for {len(positions)} copies; give [query, train] and one copy per query.")
     if torch.isnan(scores).any():
         query, row = torch.isnan(scores).nonzero()[0].tolist()
         raise DataError(f"the score of query {query} and row {row} is NaN, so rows cannot be ranked. Find out where it comes from.")
+    check_resamples(resamples)
     copies = torch.tensor(check_rows(positions, scores.shape[1], "positions"), device=scores.device)
     own = scores.gather(1, copies.unsqueeze(1))
     above, equal = (scores > own).sum(1), (scores == own).sum(1)

@@ -29,6 +29,16 @@ class Estimate:
         return {"value": self.value, "interval": None if math.isnan(self.low) else [self.low, self.high]}
 
 
+def check_resamples(resamples: int) -> None:
+    """Check a number of bootstrap samples before long work starts.
+
+    Raises:
+        ConfigError: there are fewer than 2 samples.
+    """
+    if resamples < 2:
+        raise ConfigError(f"resamples={resamples!r} gives no interval; use 2 or more, 1000 for two sure digits.")
+
+
 def bootstrap_weights(count: int, *, resamples: int, seed: int) -> Tensor:
     """Return how much each of `count` items weighs in each bootstrap sample, float64 `[resample, item]`; rows sum to 1.
 
@@ -37,8 +47,7 @@ def bootstrap_weights(count: int, *, resamples: int, seed: int) -> Tensor:
     Raises:
         ConfigError: there are fewer than 2 samples.
     """
-    if resamples < 2:
-        raise ConfigError(f"resamples={resamples!r} gives no interval; use 2 or more, 1000 for two sure digits.")
+    check_resamples(resamples)
     drawn = torch.randint(count, (resamples, count), generator=torch.Generator().manual_seed(seed))
     weights = torch.zeros(resamples, count, dtype=torch.float64)
     return weights.scatter_add_(1, drawn, torch.full(drawn.shape, 1 / count, dtype=torch.float64))

@@ -138,7 +138,7 @@ class Counterfactual:
     def table(self) -> Table:
         """Return the effects as a table with intervals."""
         left = f", {len(self.left_out)} left out" if self.left_out else ""
-        table = Table("Order", title=f"Rows removed, trained again: {len(self.queries)} queries{left}, {self.after.shape[2]} repeats")
+        table = Table("Order", title=f"Rows removed, trained again: {len(self.queries)} queries{left}, repeats: {self.after.shape[2]}")
         for heading in ("Removed", "Flipped", "Rise", "Perplexity"):
             if heading == "Removed" or getattr(self.effect(BASE, 0), heading.lower()) is not None:
                 table.add_column(heading, justify="right")

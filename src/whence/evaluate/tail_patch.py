@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,8 +19,8 @@ from torch import Tensor, nn
 
 from whence.curvature.moments import EPS
 from whence.errors import ConfigError, DataError, NumericalError
-from whence.evaluate.estimates import Estimate, mean_estimate
-from whence.runtime.batches import check_dataset, iterate_batches
+from whence.evaluate.estimates import Estimate, check_resamples, mean_estimate
+from whence.runtime.batches import Batch, check_dataset, iterate_batches
 from whence.tasks.base import Task, check_model_and_task
 
 
@@ -94,57 +95,54 @@ def tail_patch(
         model, task: trained, on `device`; every parameter that requires a gradient is stepped.
         queries, train: rows.
         orders: by name, scores `[query, train]`. The first `k` rows are taken whatever the sign of their scores, so that all
-            orders step equally far; rows of equal score come in a random order.
-        learning_rate: of the step, in the loss's units; the results of different rates are not comparable.
+            orders step on as many; rows of equal score come in a random order.
+        learning_rate: of the step; the results of different rates are not comparable.
         k: rows per query.
         steps: how many steps on the same rows.
-        second_moments: Adam's, by parameter name (`whence.second_moments`): steps are divided by `sqrt(v) + eps`, as Adam's
-            are, without momentum and weight decay. None: plain gradient descent.
-        collate: makes a batch of a list of rows; None: torch's `default_collate`.
-        device: where the model is.
-        batch_size: rows per pass.
-        resamples: bootstrap samples for the intervals.
-        seed: of the samples and of the order among equal scores.
+        second_moments: Adam's (`whence.second_moments`): steps are divided by `sqrt(v) + eps`. None: plain gradient descent.
+        collate, device, batch_size: what makes a batch of rows (None: torch's `default_collate`), where the model is, rows per pass.
+        resamples, seed: of the bootstrap over queries; the seed is also that of the order among equal scores.
 
     Raises:
-        ConfigError: an option cannot be used. DataError: scores do not fit the rows or are not finite.
-        NumericalError: a measurement is not finite.
+        ConfigError: an option cannot be used. DataError: scores are not finite or do not fit. NumericalError: a measurement is
+            not finite.
     """
     check_model_and_task(model, task)
     sizes = check_dataset(queries, "query"), check_dataset(train, "training")
     _check(orders, sizes, k, steps, learning_rate)
+    check_resamples(resamples)
     scales = _scales(model, second_moments)
+    batches = partial(iterate_batches, batch_size=batch_size, collate=collate, device=device)
     falls = {name: torch.empty(sizes[0], dtype=torch.float64) for name in orders}
-
-    def measure(query: int) -> float:
-        (batch,) = iterate_batches(queries, [query], batch_size=1, collate=collate, device=device)
-        with torch.no_grad():
-            measured = float(task.measurement(model, batch.data).sum())
-        if not math.isfinite(measured):
-            raise NumericalError(f"the measurement of query {query} is {measured}. Give a lower learning_rate than {learning_rate}.")
-        return measured
-
+    drawn = torch.randperm(sizes[1], generator=torch.Generator().manual_seed(seed))
     with _restored(model) as restore:
-        before = torch.tensor([measure(query) for query in range(sizes[0])], dtype=torch.float64)
-        drawn = torch.randperm(sizes[1], generator=torch.Generator().manual_seed(seed))
+        before = [_measure(model, task, query, batches(queries, [query])) for query in range(sizes[0])]
         for name, scores in orders.items():
             for query, row in enumerate(scores.detach().cpu()):
                 chosen = drawn[torch.sort(row[drawn], descending=True, stable=True).indices][:k].tolist()
                 for _ in range(steps):
-                    batches = iterate_batches(train, chosen, batch_size=batch_size, collate=collate, device=device)
-                    _step(model, task, (batch.data for batch in batches), learning_rate / k, scales)
-                falls[name][query] = before[query] - measure(query)
+                    _step(model, task, batches(train, chosen), learning_rate / k, scales)
+                falls[name][query] = before[query] - _measure(model, task, query, batches(queries, [query]))
                 restore()
-    return TailPatch(before=before, falls=falls, k=k, resamples=resamples, seed=seed)
+    return TailPatch(before=torch.tensor(before, dtype=torch.float64), falls=falls, k=k, resamples=resamples, seed=seed)
 
 
-def _step(model: nn.Module, task: Task, batches: Iterator[Any], rate: float, scales: Sequence[Tensor] | None) -> None:
+def _measure(model: nn.Module, task: Task, query: int, batches: Iterator[Batch]) -> float:
+    """Return the measurement of a query, alone in its batch."""
+    with torch.no_grad():
+        measured = sum(float(task.measurement(model, batch.data).sum()) for batch in batches)
+    if not math.isfinite(measured):
+        raise NumericalError(f"the measurement of query {query} is {measured}. If a step made it so, give a lower learning_rate.")
+    return measured
+
+
+def _step(model: nn.Module, task: Task, batches: Iterator[Batch], rate: float, scales: Sequence[Tensor] | None) -> None:
     """Subtract `rate` times the gradient of the sum of the losses, times the scales."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     sums = [torch.zeros_like(parameter) for parameter in trained]
     for batch in batches:
         with torch.enable_grad():
-            loss = task.loss(model, batch).sum()
+            loss = task.loss(model, batch.data).sum()
             # Not backward: the user's gradients stay as they are.
             found = torch.autograd.grad(loss, trained, allow_unused=True)
         for total, gradient in zip(sums, found, strict=True):

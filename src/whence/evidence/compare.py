@@ -194,6 +194,8 @@ def lds_table(
         n_jobs, backend: as for joblib.
         folder: of the retrains; None: `retrain` in the run folder.
     """
+    if masks < 3:
+        raise ConfigError(f"masks={masks}: no correlation can be taken. Give 3 or more, 100 for a score to rely on.")
     bank = retrain_bank(
         procedure_of(recipe),
         draw_masks(len(recipe.train), masks, share=share, seed=seed),

@@ -17,14 +17,14 @@ import torch
 
 from whence.errors import ConfigError
 from whence.pretrained import open_pretrained
-from whence.pretrained.kinds import need
+from whence.pretrained.kinds import need, quiet
 from whence.recipes.base import Recipe
 from whence.recipes.family import Family
 from whence.recipes.retraining import START, retraining
 from whence.recipes.rows import DATA_VARIABLE, Row
 from whence.recipes.settings import DataSettings, TrainingSettings, to_json
 from whence.recipes.splits import collate_of, encode_train, read_splits, read_train, task_of
-from whence.recipes.start import make_start, quiet
+from whence.recipes.start import make_start
 from whence.recipes.training import Trained, freeze, train_model
 from whence.runtime.device import resolve_device
 from whence.runtime.progress import Stages

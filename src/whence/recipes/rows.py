@@ -89,7 +89,7 @@ def read_file(path: Path) -> list[Row]:
 
 
 def _json_rows(text: str, path: Path) -> list[Row]:
-    rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+    rows = [json.loads(line) for line in text.split("\n") if line.strip()]  # splitlines would cut at other signs too
     if not all(isinstance(row, dict) for row in rows):
         raise DataError(f"{path} holds something other than objects; give one JSON object per line.")
     return rows

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from whence.errors import ConfigError
-from whence.pretrained.kinds import need
+from whence.pretrained.kinds import need, quiet
 from whence.recipes.family import Family, TokenizerStyle
 from whence.recipes.rows import Row
 from whence.recipes.settings import DataSettings, PresetName, TrainingSettings
@@ -74,21 +73,6 @@ def _pretrained(transformers: Any, family: Family, head: dict[str, Any], trainin
             "start from a small random one with --preset small."
         ) from error
     return model, tokenizer
-
-
-@contextmanager
-def quiet(transformers: Any) -> Iterator[None]:
-    """Keep transformers to errors, and its bars over weights away, for a while."""
-    logging = transformers.logging
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _seeded(seed: int, make: Any) -> Any:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from whence.curvature.moments import second_moments
 from whence.errors import ConfigError
-from whence.pretrained.kinds import need
+from whence.pretrained.kinds import need, quiet
 from whence.pretrained.trainer import training_time
 from whence.recipes.rows import Row
 from whence.recipes.settings import TrainingSettings
@@ -95,7 +95,8 @@ def train_model(
         with stages.stage("Train"), stages.track(steps, "Training") as advance:
             keeper = make_keeper(advance)
             trainer.add_callback(keeper)
-            trainer.train()
+            with quiet(transformers):
+                trainer.train()
         time = training_time(trainer)
         assert time is not None
         moments = second_moments(model, _optimizer(trainer))

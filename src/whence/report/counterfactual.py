@@ -15,9 +15,10 @@ _LABELS: dict[_Panel, str] = {
     "rise": "mean rise of the measurement",
     "perplexity": "perplexity of the queries",
 }
-# The first order is the one to look at; the others differ in lightness and marker too, for readers who see few colours.
+# The first order is the one to look at. Markers tell lines apart for readers who see few colours; being one fewer than the
+# colours, they also do when colours come round again.
 _COLOURS = (ACCENT, "#1f5f8b", "#3c8a5f", "#8a5fa8", "#c79a2b", "#4d4a45", "#6fa8c9", "#b56b8f")
-_MARKERS = "os^DvPX*"
+_MARKERS = "os^DvPX"
 
 
 def counterfactual_picture(path: Path, result: Counterfactual, *, title: str = "Rows removed, trained again") -> None:
