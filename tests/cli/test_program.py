@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shlex
@@ -15,6 +16,7 @@ from typing import Any, get_args
 
 import pytest
 
+import finetuned
 import whence
 from whence.cli import options
 from whence.cli.main import EXAMPLES, VERBS
@@ -48,20 +50,30 @@ def test_every_verb_has_help_with_its_example(run: Any) -> None:
     overview = run("--help")
     assert overview.status == 0
     for verb, example in EXAMPLES.items():
-        assert verb in overview.out
-        done = run(verb, "--help")
+        assert verb.split()[0] in overview.out
+        done = run(*verb.split(), "--help")
         assert done.status == 0, done.err
-        assert example in done.out
+        assert example in " ".join(done.out.split()), "a long line is broken"
         assert "--json" in done.out
         assert "--config" in done.out
 
 
+def test_a_group_of_verbs_lists_them(run: Any) -> None:
+    names = [verb.split()[1] for verb in VERBS if " " in verb]
+    assert names
+    for arguments in (["evaluate"], ["evaluate", "--help"]):
+        done = run(*arguments)
+        assert done.status == 0, done.err
+        assert all(name in done.out for name in names)
+
+
 def test_every_option_has_help() -> None:
     """A field without a docstring would be an option that nobody explains."""
-    source = Path(options.__file__).read_text(encoding="utf-8").splitlines()
     groups = [value for name, value in vars(options).items() if name.endswith("Options") and is_dataclass(value)]
     assert groups
     for group in groups:
+        # Some inherit their fields from settings of the library.
+        source = [line for kind in group.__mro__[:-1] for line in inspect.getsource(kind).splitlines()]
         for field in fields(group):
             places = [number for number, line in enumerate(source) if line.startswith(f"    {field.name}: ")]
             assert places, field.name
@@ -110,12 +122,17 @@ def test_the_program_from_end_to_end(here: Path) -> None:
 
 @pytest.mark.slow
 def test_the_examples_in_the_help_work(here: Path) -> None:
-    for verb in ("fit", "score", "self", "top", "demo"):
-        name, *arguments = shlex.split(EXAMPLES[verb])
+    """In their order, each on what those before it left; the data of the hub lie in a folder."""
+    place = os.environ | {"WHENCE_DATA": str(finetuned.write_data(here / "data")), "HF_HUB_OFFLINE": "1"}
+    needed = {"evaluate agreement": [["score", "digits", "--strategy", "identity"]]}
+    for verb, example in EXAMPLES.items():
+        name, *arguments = shlex.split(example)
         assert name == "whence"
-        done = program(*arguments, cwd=here)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout
+        assert arguments[: len(verb.split())] == verb.split()
+        for command in [*needed.get(verb, []), arguments]:
+            done = program(*command, cwd=here, env=place)
+            assert done.returncode == 0, f"{command}: {done.stderr}"
+            assert done.stdout
     assert (here / "runs/demo/report.html").exists()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from whence.attributor import Attributor
+    from whence.checkpoints import Checkpoints
     from whence.recipes.base import Recipe
 
 Flat = Parameter(name="*")
@@ -29,22 +30,32 @@ def open_recipe(spec: str, run: RunOptions, data: DataOptions) -> tuple[Attribut
     from whence.recipes.base import load_recipe
 
     found = load_recipe(spec, **data.given())
-    attributor = Attributor(
-        found.model,
-        found.task,
-        run_dir=run_folder(found, run),
-        layers=_layers(found, run.layers),
-        collate=found.collate,
-        fallback=run.fallback,
-        device=run.device,
-        precision=run.precision,
-        compile=run.compile,
-        offload=run.offload,
-        second_moments=_second_moments(found) if run.adam else None,
-        training_time=found.training_time,
-        seed=run.seed,
-    )
-    return attributor, found
+    return Attributor(found.model, found.task, run_dir=run_folder(found, run), **_options(found, run)), found
+
+
+def open_snapshots(found: Recipe, run: RunOptions) -> Checkpoints:
+    """Return the states of a recipe's training as checkpoints, with a folder of their own in the run folder."""
+    from whence.checkpoints import Checkpoints
+
+    if not found.snapshots:
+        raise ConfigError(f"--over-run: recipe {found.name} has no snapshots of its training; they are kept by whence train. Leave it out.")
+    files = [file for file, _ in found.snapshots]
+    return Checkpoints(found.model, found.task, files, run_dir=run_folder(found, run) / "over-run", **_options(found, run))
+
+
+def _options(found: Recipe, run: RunOptions) -> dict[str, Any]:
+    return {
+        "layers": _layers(found, run.layers),
+        "collate": found.collate,
+        "fallback": run.fallback,
+        "device": run.device,
+        "precision": run.precision,
+        "compile": run.compile,
+        "offload": run.offload,
+        "second_moments": _second_moments(found) if run.adam else None,
+        "training_time": found.training_time,
+        "seed": run.seed,
+    }
 
 
 def _layers(found: Recipe, asked: list[str] | None) -> str | Sequence[str] | None:

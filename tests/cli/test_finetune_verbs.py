@@ -1,0 +1,433 @@
+"""Every verb on models that `whence train` trains: what it prints, writes and refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pyarrow import parquet
+
+import finetuned
+import whence
+from whence.cli.main import main
+from whence.errors import WhenceError
+from whence.recipes.base import load_recipe
+
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+pytest.importorskip("datasets")
+
+NAMES = {"sst2": "glue", "swag": "swag", "wikitext": "wikitext"}
+TINY = ("--preset", "tiny", "--num-train-epochs", "1", "--train-batch-size", "8")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Folders of data, trained models, and runs that are fitted and scored."""
+
+    data: Path
+    models: Path
+    runs: Path
+
+    def options(self, name: str) -> list[str]:
+        return [NAMES[name], "--checkpoint-dir", str(self.models / name), "--run-dir", str(self.runs / name)]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    folder = tmp_path_factory.mktemp("finetuned")
+    found = Place(data=finetuned.write_data(folder / "data"), models=folder / "models", runs=folder / "runs")
+    for name in NAMES:
+        finetuned.trained(name, found.data, found.models / name)
+        for verb in ("fit", "score"):
+            assert main([verb, *found.options(name)]) == 0
+    assert main(["score", *found.options("sst2"), "--strategy", "identity"]) == 0
+    return found
+
+
+@pytest.fixture(autouse=True)
+def surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
+    finetuned.offline_and_quick(monkeypatch)
+
+
+def done(run: Any, *arguments: Any) -> Any:
+    result = run(*map(str, arguments))
+    assert result.status == 0, result.err
+    return result
+
+
+def refused(run: Any, *arguments: Any) -> str:
+    result = run(*map(str, arguments))
+    assert result.status == 2, (result.status, result.err)
+    assert result.out == ""
+    assert result.err.startswith("whence: ")
+    assert result.err.count("\n") == 1, "one line"
+    return result.err
+
+
+# --------------------------------------------------------------------------------------------- train
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_train_saves_a_model_and_says_how_good_it_is(run: Any, here: Path, place: Place, name: str) -> None:
+    options = ["train", NAMES[name], "--data", place.data, *TINY, "--max-length", 16, "--checkpoint-dir", "ck", "--snapshots", 2]
+    result = done(run, *options, "--json")
+    found = load_recipe(NAMES[name], checkpoint_dir=here / "ck")
+    assert result.data["recipe"] == found.name
+    assert result.data["checkpoint_dir"] == "ck"
+    assert result.data["train"] == len(found.train)
+    assert result.data["queries"] == len(found.queries)
+    assert ("perplexity" if name == "wikitext" else "accuracy") in result.data
+    assert len(found.snapshots) == 2
+    assert "Train" in result.err
+    message = refused(run, *options)
+    assert "ck is not empty. Give a new folder as --checkpoint-dir, or --overwrite to replace" in message
+    text = done(run, *options, "--overwrite").out
+    assert [line.split()[0] for line in text.splitlines()][:2] == ["recipe", "checkpoint"]
+
+
+def test_train_takes_all_its_options(run: Any, here: Path, place: Place) -> None:
+    (here / "options.yaml").write_text("preset: tiny\nnum-train-epochs: 1\nfreeze: ['*embeddings*']\nflip: 0.25\n", encoding="utf-8")
+    options = ["--learning-rate", "1e-3", "--weight-decay", 0, "--dropout", 0, "--seed", 3, "--lr-scheduler-type", "cosine"]
+    options += ["--max-train-rows", 16, "--max-query-rows", 4, "--measurement", "loss", "--warmup-ratio", 0.1, "--eval-batch-size", 2]
+    result = done(run, "train", "glue", "--task", "rte", "--data", place.data, "--config", "options.yaml", *options, "--json")
+    assert result.data["checkpoint_dir"] == "checkpoints/glue"
+    assert (result.data["train"], result.data["queries"]) == (16, 4)
+    record = json.loads((here / "checkpoints/glue/whence.json").read_text(encoding="utf-8"))
+    training = {"learning_rate": 1e-3, "weight_decay": 0, "dropout": 0, "seed": 3, "lr_scheduler_type": "cosine", "warmup_ratio": 0.1}
+    assert training.items() <= record["training"].items()
+    assert record["training"]["freeze"] == ["*embeddings*"]
+    expected = {"task": "rte", "flip": 0.25, "measurement": "loss", "max_train_rows": 16}
+    assert expected.items() <= record["data"].items()
+    found = load_recipe("glue", checkpoint_dir=here / "checkpoints/glue")
+    assert found.flipped is not None
+    assert found.flipped.sum() == 4
+
+
+def test_train_on_data_of_ones_own(run: Any, here: Path) -> None:
+    for split, count in (("train", 12), ("validation", 4)):
+        rows = [{"words": f"word {n}", "more": "again", "kind": ["ash", "oak", "elm"][n % 3]} for n in range(count)]
+        finetuned.write_lines(here / "own" / f"{split}.jsonl", rows)
+    options = ["--data", "own", "--columns", "words,more", "--label", "kind", "--checkpoint-dir", "ck"]
+    assert done(run, "train", "glue", *options, *TINY, "--json").data["train"] == 12
+    found = load_recipe("glue", checkpoint_dir=here / "ck")
+    assert found.describe is not None
+    assert found.describe(found.train[1]) == "words: word 1\nmore: again\nkind: 2 (oak)"
+    done(run, "fit", "glue", "--checkpoint-dir", "ck", "--strategy", "diagonal")
+
+
+# ------------------------------------------------------------------------------------ fit, score, list
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fit_and_score_leave_what_the_library_gives(run: Any, place: Place, name: str) -> None:
+    result = done(run, "fit", *place.options(name), "--json")
+    tracked = result.data["coverage"]["tracked"]
+    assert tracked
+    assert not any(layer.endswith(("_embeddings", "wte")) for layer in tracked)
+    saved = whence.Scores.load(place.runs / name / "scores" / "ekfac")
+    found = load_recipe(NAMES[name], checkpoint_dir=place.models / name)
+    attributor = whence.Attributor(found.model, found.task, collate=found.collate, progress=False, device="cpu").fit(found.train)
+    expected = attributor.scores(found.queries, found.train).values
+    torch.testing.assert_close(saved.values, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+    again = done(run, "score", *place.options(name), "--json")
+    assert (again.data["queries"], again.data["train"]) == (len(found.queries), len(found.train))
+    assert "Pairwise" not in again.err, "the second run must compute nothing"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_half_precision_and_queries_at_low_rank(run: Any, here: Path, place: Place, name: str) -> None:
+    options = [*place.options(name)[:-1], "half", "--precision", "bfloat16"]
+    done(run, "fit", *options)
+    result = done(run, "score", *options, "--query-rank", 16, "--json")
+    half = whence.Scores.load(here / result.data["scores"]).values
+    full = whence.Scores.load(place.runs / name / "scores" / "ekfac").values
+    assert half.shape == full.shape
+    agreement = done(run, "evaluate", "agreement", result.data["scores"], place.runs / name / "scores" / "ekfac", "--json")
+    assert agreement.data["spearman"]["mean"] > 0.8
+
+
+def test_layers_by_the_name_that_the_recipe_gives_them(run: Any, place: Place) -> None:
+    options = [*place.options("wikitext")[:-1], "seed-run", "--layers", "seed"]
+    tracked = done(run, "fit", *options, "--json").data["coverage"]["tracked"]
+    inner = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    assert sorted(tracked) == sorted(f"transformer.h.{block}.{layer}" for block in range(2) for layer in inner)
+    done(run, "score", *options)
+    assert "'seed'" in refused(run, "fit", *place.options("swag")[:-1], "other", "--layers", "seed")
+
+
+def test_adam_scales_the_gradients(run: Any, here: Path, place: Place) -> None:
+    options = [*place.options("sst2")[:-1], "adam", "--adam"]
+    done(run, "fit", *options, "--strategy", "kfac")
+    scaled = whence.Scores.load(here / done(run, "score", *options, "--strategy", "kfac", "--json").data["scores"]).values
+    assert torch.isfinite(scaled).all()
+    done(run, "score", *options, "--strategy", "kfac", "--response", "unrolled", "--name", "run")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_lists_show_text_of_several_lines(run: Any, place: Place, name: str) -> None:
+    found = load_recipe(NAMES[name], checkpoint_dir=place.models / name)
+    assert found.describe is not None
+    saved = whence.Scores.load(place.runs / name / "scores" / "ekfac")
+    result = done(run, "top", *place.options(name), "--query", 1, "--k", 2, "--bottom", "--json")
+    (entry,) = result.data["queries"]
+    assert entry["text"] == found.describe(found.queries[1])
+    assert [(row["train"], row["score"]) for row in entry["proponents"]] == saved.top(1, 2)
+    assert all(row["text"] == found.describe(found.train[row["train"]]) for row in entry["proponents"] + entry["opponents"])
+    text = done(run, "top", *place.options(name), "--query", 1, "--k", 2).out
+    for line in found.describe(found.queries[1]).splitlines():
+        assert line.strip() in text
+    lines = done(run, "self", *place.options(name), "--k", 3).out.splitlines()
+    assert sum(" train " in line for line in lines) == 3
+    if name != "wikitext":
+        assert text.splitlines()[0] == "query 1", "the text stands below its heading"
+        assert len(lines) > 4
+    assert len(done(run, "self", *place.options(name), "--k", 3, "--json").data["largest"]) == 3
+
+
+def test_options_about_data_reach_every_verb(run: Any, here: Path, place: Place) -> None:
+    options = [*place.options("sst2")[:-1], "few", "--max-train-rows", 10, "--max-query-rows", 3, "--measurement", "loss"]
+    done(run, "fit", *options, "--strategy", "identity")
+    result = done(run, "score", *options, "--strategy", "identity", "--json")
+    assert whence.Scores.load(here / result.data["scores"]).values.shape == (3, 10)
+    assert len(done(run, "top", *options[:-2], "--strategy", "identity", "--json").data["queries"]) == 3
+    message = refused(run, "top", *place.options("sst2")[:-1], "few", "--strategy", "identity")
+    assert "holds scores of 3 queries and 10 training rows" in message
+
+
+def test_plan_writes_nothing(run: Any, here: Path, place: Place) -> None:
+    result = done(run, "plan", *place.options("swag")[:-1], "planned", "--json")
+    assert result.data["coverage"]["tracked"]
+    assert not (here / "planned").exists()
+
+
+# ------------------------------------------------------------------------------------------- evaluate
+
+BASELINES = {"random", "bm25", "embedding", "gradient cosine", "loss"}
+
+
+@pytest.mark.parametrize("name", ["sst2", "wikitext"])
+def test_lds(run: Any, place: Place, name: str) -> None:
+    names = "ekfac,identity" if name == "sst2" else "ekfac"
+    options = ["evaluate", "lds", *place.options(name), "--scores", names, "--masks", 3, "--repeats", 2 if name == "sst2" else 1]
+    result = done(run, *options, "--json")
+    methods = result.data["methods"]
+    assert result.data["subsets"] == 3
+    assert {*names.split(","), *BASELINES} <= set(methods)
+    assert sum("signed" in method for method in methods) == (2 if name == "sst2" else 0)
+    assert all(-1 <= one["lds"] <= 1 for one in methods.values())
+    assert (result.data["reliability"] is None) == (name == "wikitext"), "one repeat tells nothing of the noise"
+
+
+def test_lds_as_a_table(run: Any, place: Place) -> None:
+    """From the retrains of the test before, if it ran: finished ones are found again."""
+    options = ["evaluate", "lds", *place.options("wikitext"), "--scores", "ekfac", "--masks", 3, "--repeats", 1]
+    text = done(run, *options)
+    assert text.out.startswith("LDS on 3 subsets, 1 retrains each, ")
+    assert "reliability unknown with one repeat" in text.out
+    assert all(f"\n{method} " in text.out for method in ("ekfac", *BASELINES))
+    assert "nan" not in text.out
+
+
+def test_counterfactual_of_all_queries(run: Any, here: Path, place: Place) -> None:
+    options = ["evaluate", "counterfactual", *place.options("wikitext"), "--scores", "ekfac", "--remove", "2,4", "--mode", "sum"]
+    result = done(run, *options, "--repeats", 1, "--plot", "removed.svg", "--json")
+    assert {effect["method"] for effect in result.data["effects"]} >= {"ekfac", "bm25", "random"}
+    assert all(effect["perplexity"] is not None for effect in result.data["effects"])
+    assert (here / "removed.svg").stat().st_size > 1000
+    assert "Perplexity" in done(run, *options, "--repeats", 1).out
+
+
+def test_counterfactual_of_each_query(run: Any, place: Place) -> None:
+    found = load_recipe("glue", checkpoint_dir=place.models / "sst2")
+    assert found.collate is not None
+    with torch.no_grad():
+        margins = found.task.measurement(found.model, found.collate(list(found.queries)))
+    chosen = margins.argsort()[:2].tolist()  # what is read rightly, or nearly
+    options = ["evaluate", "counterfactual", *place.options("sst2"), "--scores", "ekfac", "--remove", 3, "--repeats", 1]
+    result = done(run, *options, "--queries", f"{chosen[0]},{chosen[1]}", "--json")
+    assert {*result.data["queries"], *result.data["left_out"]} == set(chosen)
+    assert all(effect["flipped"] is not None for effect in result.data["effects"])
+    worst = int(margins.argmax())
+    message = refused(run, *options, "--queries", worst)
+    assert "none of 1 queries is classified right" in message
+
+
+def test_agreement_draws(run: Any, here: Path, place: Place) -> None:
+    folders = [place.runs / "sst2" / "scores" / name for name in ("ekfac", "identity")]
+    result = done(run, "evaluate", "agreement", *folders, "--plot", "both.png", "--query", "0,2", "--json")
+    assert -1 <= result.data["spearman"]["mean"] <= 1
+    assert (here / "both.png").stat().st_size > 1000
+    same = done(run, "evaluate", "agreement", folders[0], folders[0])
+    assert "1.0000" in same.out
+    message = refused(run, "evaluate", "agreement", *folders, "--query", 99)
+    assert "--query 99: there are 8 queries, numbered from 0 to 7." in message
+
+
+def test_mislabeled(run: Any, here: Path, place: Place) -> None:
+    options = ["evaluate", "mislabeled", *place.options("sst2")]
+    result = done(run, *options, "--plot", "found.png", "--json")
+    assert result.data["flipped"] == 6
+    assert set(result.data["rankings"]) == {"self-influence", "gradient norm", "loss", "random"}
+    assert all(0 <= one["auc"] <= 1 for one in result.data["rankings"].values())
+    assert (here / "found.png").stat().st_size > 1000
+    assert done(run, *options).out.startswith("6 of 24 labels are wrong;")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tail_patch(run: Any, place: Place, name: str) -> None:
+    options = ["evaluate", "tail-patch", *place.options(name), "--scores", "ekfac", "--k", 3, "--queries", "0,1"]
+    result = done(run, *options, "--json")
+    assert result.data["recipe"]
+    text = done(run, *options).out
+    assert text.startswith("2 queries, their measurement ")
+    assert "gradient cosine" in text
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_duplicates(run: Any, place: Place, name: str) -> None:
+    options = ["evaluate", "duplicates", *place.options(name), "--count", 5]
+    result = done(run, *options, "--json")
+    assert set(result.data["scores"]) == {"ekfac", "gradient cosine", "random"}
+    assert result.data["scores"]["gradient cosine"]["queries"] == 5
+    assert "gradient cosine" in done(run, *options).out
+
+
+# ---------------------------------------------------------------------------------------------- clean
+
+
+@pytest.mark.parametrize("out", ["cleaned.parquet", "cleaned.jsonl", "cleaned"])
+def test_clean_and_train_on_what_is_left(run: Any, here: Path, place: Place, out: str) -> None:
+    result = done(run, "clean", *place.options("sst2"), "--fraction", 0.25, "--out", out, "--json")
+    dropped = parquet.read_table(here / f"{out}.dropped.parquet").to_pylist()
+    assert len(dropped) == 6
+    assert result.data["flipped"] == {"dropped": result.data["flipped"]["dropped"], "in_all": 6}
+    found = load_recipe("glue", checkpoint_dir=place.models / "sst2")
+    assert found.raw is not None
+    assert all(found.raw[row["whence_row"]]["sentence"] == row["sentence"] for row in dropped)
+    options = ["--task", "sst2", "--data", place.data, "--train-file", out, *TINY, "--max-length", 16, "--checkpoint-dir", "again"]
+    again = done(run, "train", "glue", *options, "--json")
+    assert again.data["train"] == finetuned.TRAIN - 6
+    gone = {row["whence_row"] for row in dropped}
+    left = load_recipe("glue", checkpoint_dir=here / "again")
+    assert left.raw == [row for number, row in enumerate(found.raw) if number not in gone]
+
+
+def test_clean_in_other_ways(run: Any, here: Path, place: Place) -> None:
+    harmful = done(run, "clean", *place.options("swag"), "--drop", "harmful", "--fraction", 0.1, "--out", "harmful.jsonl", "--json")
+    assert harmful.data["flipped"] is None
+    copies = done(run, "clean", *place.options("wikitext"), "--drop", "duplicates", "--out", "single.parquet")
+    assert "single.parquet" in copies.err
+    texts = [row["text"] for row in parquet.read_table(here / "single.parquet").to_pylist()]
+    assert len(set(texts)) == len(texts)
+    assert "exists. Give another name, or allow it to be replaced" in refused(
+        run, "clean", *place.options("wikitext"), "--out", "single.parquet"
+    )
+
+
+def test_clean_says_what_it_bought(run: Any, place: Place) -> None:
+    options = ["clean", *place.options("sst2"), "--fraction", 0.1, "--retrain", "--repeats", 1]
+    result = done(run, *options, "--out", "a.parquet", "--json")
+    assert set(result.data["effect"]) == {"all rows", "cleaned", "random rows dropped"}
+    assert result.data["effect"]["cleaned"]["accuracy"] is not None
+    assert "random rows dropped" in done(run, *options, "--out", "b.parquet").out
+
+
+# ------------------------------------------------------------------------------------------ bad input
+
+USAGE = {
+    "unknown task": (["train", "glue", "--task", "sts2"], ["--task sts2 is none of GLUE's; choose cola, mnli"]),
+    "unknown recipe": (["train", "digits"], ["digits", "glue", "swag", "wikitext"]),
+    "two starts": (["train", "glue", "--preset", "tiny", "--model", "bert"], ["model='bert' and preset='tiny' are two starts; give one."]),
+    "no checkpoint": (["fit", "glue"], ["the recipe glue needs a trained model: give --checkpoint-dir DIR."]),
+    "no such checkpoint": (["fit", "swag", "--checkpoint-dir", "nowhere"], ["there is no folder 'nowhere'"]),
+    "flip without labels": (["train", "wikitext", "--flip", "0.1"], ["flip replaces labels, and text has none. Leave --flip out."]),
+    "flip of all": (["train", "glue", "--flip", "1"], ["flip=1.0 is no share of the labels; give a number from 0 to below 1."]),
+    "no such data": (["train", "glue", "--preset", "tiny", "--data", "./nowhere"], ["--data ./nowhere: there is no such folder."]),
+    "no rows": (["train", "glue", "--max-train-rows", "0"], ["--max-train-rows", "0 is too small; give 1 or more."]),
+    "data for digits": (["fit", "digits", "--checkpoint-dir", "x"], ["recipe 'digits' takes no --checkpoint-dir."]),
+    "measurement": (
+        ["train", "swag", "--measurement", "log_odds"],
+        ["measurement='log_odds' is for language models; choose loss or margin."],
+    ),
+    "no remove": (["evaluate", "counterfactual", "glue", "--scores", "ekfac"], ["--remove"]),
+    "no scores": (["evaluate", "lds", "glue"], ["--scores"]),
+    "unknown evidence": (["evaluate", "lsd", "glue"], ["lsd"]),
+    "no out": (["clean", "glue"], ["--out"]),
+    "form of out": (["clean", "glue", "--out", "rows.xlsx"], ["rows.xlsx", "NAME.parquet, NAME.jsonl"]),
+}
+
+
+@pytest.mark.parametrize("name", USAGE)
+def test_usage_errors(run: Any, name: str) -> None:
+    arguments, expected = USAGE[name]
+    message = refused(run, *arguments)
+    for text in expected:
+        assert text in message
+
+
+def test_scores_that_are_not_there(run: Any, place: Place) -> None:
+    message = refused(run, "evaluate", "lds", *place.options("sst2"), "--scores", "ekfacc")
+    assert "there are no scores 'ekfacc' in " in message
+    assert re.search(r"; it has [\w, -]*ekfac, [\w, -]*identity\. Run whence score first\.", message)
+    message = refused(run, "evaluate", "tail-patch", *place.options("sst2"), "--scores", "ekfac", "--max-train-rows", 5)
+    assert "holds scores of 8 queries and 24 rows; recipe glue-sst2 has 8 and 5. Score all of them again." in message
+    message = refused(run, "evaluate", "tail-patch", *place.options("sst2"), "--scores", "ekfac", "--queries", "0,99")
+    assert "99" in message
+
+
+def test_wrong_labels_that_nobody_made(run: Any, place: Place) -> None:
+    message = refused(run, "evaluate", "mislabeled", *place.options("swag"))
+    assert "recipe swag-swag has no labels that were made wrong on purpose. Train one with whence train --flip 0.1." in message
+
+
+def test_a_checkpoint_of_ones_own_lacks_what_training_keeps(run: Any, here: Path, place: Place) -> None:
+    shutil.copytree(place.models / "sst2", here / "own", ignore=shutil.ignore_patterns("whence.json", "start", "snapshots", "second_*"))
+    options = ["glue", "--task", "sst2", "--max-length", 16, "--data", place.data, "--checkpoint-dir", "own", "--run-dir", "mine"]
+    message = refused(run, "fit", *options, "--adam")
+    assert "--adam: recipe glue-sst2 has no second moments; they are kept by whence train. Train with it, or leave --adam out." in message
+    done(run, "fit", *options, "--strategy", "identity")
+    done(run, "score", *options, "--strategy", "identity")
+    message = refused(run, "evaluate", "lds", *options, "--scores", "identity")
+    assert "recipe glue-sst2 cannot be trained again: it has no retraining." in message
+    message = refused(run, "clean", *options, "--strategy", "identity", "--retrain", "--out", "c.parquet")
+    assert "recipe glue-sst2 cannot be trained again" in message
+    done(run, "clean", *options, "--strategy", "identity", "--out", "c.parquet")
+    message = refused(run, "score", *options, "--strategy", "identity", "--response", "unrolled", "--name", "u")
+    assert "unrolled" in message
+
+
+def test_a_model_of_another_recipe_and_one_that_is_not_finished(run: Any, here: Path, place: Place) -> None:
+    assert "was trained by the recipe 'swag', not 'glue'" in refused(run, "fit", "glue", "--checkpoint-dir", place.models / "swag")
+    shutil.copytree(place.models / "swag", here / "half")
+    (here / "half" / "whence.json").unlink()
+    message = refused(run, "fit", "swag", "--checkpoint-dir", "half")
+    assert "half is of a training that did not end. Train again: whence train swag" in message
+
+
+def test_the_hub_out_of_reach(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    message = refused(run, "train", "swag", "--preset", "tiny")
+    assert "the data set 'allenai/swag' cannot be had from the Hugging Face hub" in message
+    assert "--data FOLDER (or WHENCE_DATA)" in message
+
+
+def test_a_model_out_of_reach(run: Any, place: Place) -> None:
+    message = refused(run, "train", "glue", "--data", place.data, "--max-train-rows", 4)
+    assert "the model 'google-bert/bert-base-cased' cannot be loaded" in message
+    assert "--preset small" in message
+
+
+def test_recipes_take_the_same_options_in_python(place: Place) -> None:
+    found = whence.load_recipe("glue", checkpoint_dir=place.models / "sst2", max_query_rows=2)
+    assert len(found.queries) == 2
+    with pytest.raises(WhenceError, match=r"'max_rows' is no option of data; there are task, data, train_file, "):
+        whence.load_recipe("glue", checkpoint_dir=place.models / "sst2", max_rows=2)

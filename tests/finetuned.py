@@ -1,0 +1,128 @@
+"""Small made-up data under the names of the hub's columns, and models that train on them in a second."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import random
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from whence.recipes.base import Recipe
+from whence.recipes.families import FAMILIES
+from whence.recipes.finetune import train_recipe
+from whence.recipes.settings import DataSettings, TrainingSettings
+
+TRAIN, VALIDATION = 24, 8
+GOOD, BAD = ("good", "great", "fine", "lovely"), ("bad", "awful", "poor", "dull")
+NOUNS = ("film", "plot", "cast", "scene", "story", "music")
+Row = dict[str, Any]
+
+# Columns of the text, and number of classes; 0: a number is to be predicted.
+GLUE = {
+    "cola": (("sentence",), 2),
+    "mnli": (("premise", "hypothesis"), 3),
+    "mrpc": (("sentence1", "sentence2"), 2),
+    "qnli": (("question", "sentence"), 2),
+    "qqp": (("question1", "question2"), 2),
+    "rte": (("sentence1", "sentence2"), 2),
+    "sst2": (("sentence",), 2),
+    "stsb": (("sentence1", "sentence2"), 0),
+    "wnli": (("sentence1", "sentence2"), 2),
+}
+
+
+def sentence(dice: random.Random, good: bool) -> str:
+    return f"the {dice.choice(NOUNS)} is {dice.choice(GOOD if good else BAD)} and the {dice.choice(NOUNS)} too"
+
+
+def glue_row(task: str, dice: random.Random, number: int) -> Row:
+    columns, classes = GLUE[task]
+    label = dice.randrange(classes or 2)
+    return {name: sentence(dice, label == 1) for name in columns} | {"label": label if classes else 2.5 * label + 1, "idx": number}
+
+
+def swag_row(dice: random.Random, number: int) -> Row:
+    label = dice.randrange(4)
+    endings = {f"ending{place}": f"is {dice.choice(GOOD if place == label else BAD)}" + " indeed" * place for place in range(4)}
+    return {"video-id": f"v{number}", "sent1": f"See {sentence(dice, True)}.", "sent2": "It", **endings, "label": label}
+
+
+def hellaswag_row(dice: random.Random, number: int) -> Row:
+    """As on the hub: the start of the sentence may be empty, the endings are a list, the label is text."""
+    label = dice.randrange(4)
+    endings = [f"is {dice.choice(GOOD if place == label else BAD)}." for place in range(4)]
+    second = "it" if number % 2 else ""
+    first = f"See {sentence(dice, True)}."
+    return {"ind": number, "ctx_a": first, "ctx_b": second, "ctx": f"{first} {second}".strip(), "endings": endings, "label": str(label)}
+
+
+ROWS: dict[str, Callable[[random.Random, int], Row]] = {f"glue_{task}": partial(glue_row, task) for task in GLUE}
+ROWS |= {"swag": swag_row, "hellaswag": hellaswag_row}
+
+
+def rows_of(name: str, split: str) -> list[Row]:
+    """The same rows every time."""
+    dice = random.Random(f"{name} {split}")
+    return [ROWS[name](dice, number) for number in range(TRAIN if split == "train" else VALIDATION)]
+
+
+def lines_of(split: str) -> list[str]:
+    """Text as of WikiText: titles, empty lines, paragraphs, each with its line end."""
+    dice = random.Random(f"text {split}")
+    paragraphs = [[f" = {dice.choice(NOUNS)} = \n", " \n", f" {sentence(dice, True)} . {sentence(dice, False)} .\n"] for _ in range(16)]
+    return [line for part in paragraphs[: None if split == "train" else 6] for line in part]
+
+
+def write_lines(path: Path, rows: Sequence[Row]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def write_data(folder: Path) -> Path:
+    """Write every data set into a folder as WHENCE_DATA names it."""
+    for split in ("train", "validation"):
+        for name in ROWS:
+            write_lines(folder / name / f"{split}.jsonl", rows_of(name, split))
+        (folder / "wikitext2").mkdir(exist_ok=True)
+        (folder / "wikitext2" / f"{split}.txt").write_text("".join(lines_of(split)), encoding="utf-8")
+    return folder
+
+
+# Name of a checkpoint -> recipe and settings; all of them one epoch of the tiny preset.
+SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "sst2": ("glue", {"task": "sst2", "max_length": 16, "flip": 0.25}),
+    "rte": ("glue", {"task": "rte", "max_length": 32}),
+    "stsb": ("glue", {"task": "stsb", "max_length": 32}),
+    "swag": ("swag", {"max_length": 32}),
+    "wikitext": ("wikitext", {"max_length": 16}),
+}
+
+
+def trained(name: str, data: Path | str, folder: Path, *, snapshots: int = 2, settings: Row | None = None, **training: Any) -> Recipe:
+    """Train a tiny model of `SETTINGS`; `settings` and `training` go before its own."""
+    recipe, usual = SETTINGS[name]
+    options: dict[str, Any] = {"preset": "tiny", "num_train_epochs": 1, "train_batch_size": 8} | training
+    return train_recipe(
+        FAMILIES[recipe],
+        folder,
+        data=DataSettings(**{"data": str(data), **usual, **(settings or {})}),
+        training=TrainingSettings(**options),
+        snapshots=snapshots,
+    )
+
+
+def offline_and_quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no test reach for the network, or look for another's data; and do not sweep memory after every tiny training."""
+    constants = importlib.import_module("huggingface_hub.constants")
+    monkeypatch.delenv("WHENCE_DATA", raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # the hub's client reads the variable once, at import
+    # With all of a test session in memory, this takes longer than the training.
+    monkeypatch.setattr("accelerate.utils.memory.gc", SimpleNamespace(collect=lambda: 0))
