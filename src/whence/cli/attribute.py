@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from whence.cli import output
-from whence.cli.opening import Flat, RecipeName, open_recipe, run_folder
+from whence.cli.opening import Flat, RecipeName, open_recipe, open_snapshots, run_folder
 from whence.cli.options import DataOptions, FitOptions, InverseOptions, ListOptions, RunOptions, ScoreOptions, Strategy
 from whence.cli.values import Count, Numbers, Switch, parse_damping, parse_response
 from whence.errors import ConfigError, MismatchError
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from whence.scores.matrix import Scores
 
 SHOWN_BY_DEFAULT = 5
+OVER_RUN = "over-run"
+"""Name of scores over a run, if they were given none."""
 
 
 def fit(
@@ -58,31 +60,53 @@ def score(
     """
     damping, response = parse_damping(inverse.damping), parse_response(inverse.response)
     attributor, found = open_recipe(recipe, run, data)
-    scores = attributor.scores(
-        found.queries,
-        found.train,
-        strategy="identity" if scoring.solver == "exact" else inverse.strategy,  # an exact inverse needs no fit
-        damping=damping,
-        response=response,
-        batch_size=run.batch_size,
-        overwrite=run.overwrite,
-        **vars(scoring),
-    )
-
-    from whence.scores.request import scores_folder
-
-    name = scores_folder(scoring.name, inverse.strategy, scoring.solver)
-    folder = _scores_folder(run_folder(found, run), name)
-    table = folder.with_name(f"{name}_top.parquet")
+    asked = {name: value for name, value in vars(scoring).items() if name != "over_run"}
+    strategy, over_run = inverse.strategy or "ekfac", scoring.over_run
+    if not over_run and found.snapshots and _nothing_asked(inverse, scoring):
+        # What predicts retraining best after a short training (docs/results/finetuned.md).
+        strategy, over_run, asked["normalize"] = "identity", True, "cosine"
+    options = asked | {"damping": damping, "response": response, "batch_size": run.batch_size, "overwrite": run.overwrite}
+    folder = _scores_folder(run_folder(found, run), _scores_name(scoring, strategy, over_run))
+    if over_run:
+        scores = _over_run(attributor, found, run, strategy, options)
+        scores.save(folder)
+    else:
+        fitted = "identity" if scoring.solver == "exact" else strategy  # an exact inverse needs no fit
+        scores = attributor.scores(found.queries, found.train, strategy=fitted, **options)
+    table = folder.with_name(f"{folder.name}_top.parquet")
     if not scores.sums_rows:
         scores.to_parquet(table, k=k)
     queries, train = scores.values.shape
-    values = {"recipe": found.name, "strategy": inverse.strategy, "damping": inverse.damping}
+    values = {"recipe": found.name, "strategy": strategy, "damping": inverse.damping, "over_run": over_run, "normalize": asked["normalize"]}
     _finish(
         attributor,
         values | {"queries": queries, "train": train, "scores": str(folder), "table": None if scores.sums_rows else str(table)},
         run,
     )
+
+
+def _nothing_asked(inverse: InverseOptions, scoring: ScoreOptions) -> bool:
+    """Whether the kind of scores is left to the recipe."""
+    usual = ScoreOptions()
+    same = all(getattr(scoring, name) == getattr(usual, name) for name in ("solver", "normalize", "aggregate"))
+    return same and vars(inverse) == vars(InverseOptions())
+
+
+def _scores_name(scoring: ScoreOptions, strategy: str, over_run: bool) -> str:
+    from whence.scores.request import scores_folder
+
+    if over_run:
+        return scoring.name or OVER_RUN
+    return scores_folder(scoring.name, strategy, scoring.solver)
+
+
+def _over_run(attributor: Attributor, found: Recipe, run: RunOptions, strategy: Any, options: dict[str, Any]) -> Scores:
+    checkpoints = open_snapshots(found, run)
+    for one in checkpoints.attributors:
+        one.stages = attributor.stages
+    checkpoints.fit(found.train, strategy=strategy, batch_size=run.batch_size, overwrite=run.overwrite)
+    weights = [time for _, time in found.snapshots]
+    return checkpoints.scores(found.queries, found.train, strategy=strategy, weights=weights, **options)
 
 
 def self_influence(
@@ -104,9 +128,10 @@ def self_influence(
     """
     damping, response = parse_damping(inverse.damping), parse_response(inverse.response)
     attributor, found = open_recipe(recipe, run, data)
+    strategy = inverse.strategy or "ekfac"
     values = attributor.self_influence(
         found.train,
-        strategy=inverse.strategy,
+        strategy=strategy,
         damping=damping,
         response=response,
         on=on,
@@ -123,7 +148,7 @@ def self_influence(
     ends = {"largest": order[: listing.k]} | ({"smallest": order[::-1][: listing.k]} if listing.bottom else {})
     lists = {side: [_row(found, t, float(values[t])) for t in rows] for side, rows in ends.items()}
     lines = [line for side, rows in lists.items() for line in (f"{side} self-influence", *_lines(rows))]
-    output.data(lines, {"recipe": found.name, "strategy": inverse.strategy, "table": str(path), **lists}, as_json=run.json)
+    output.data(lines, {"recipe": found.name, "strategy": strategy, "table": str(path), **lists}, as_json=run.json)
     output.message(f"all rows: {path}")
     output.closing(attributor)
 
@@ -133,7 +158,7 @@ def top(
     /,
     *,
     query: Numbers | None = None,
-    strategy: Strategy = "ekfac",
+    strategy: Strategy | None = None,
     name: str | None = None,
     listing: Annotated[ListOptions, Flat] = ListOptions(),  # noqa: B008
     data: Annotated[DataOptions, Flat] = DataOptions(),  # noqa: B008
@@ -144,7 +169,7 @@ def top(
 
     Args:
         query: Queries to list, for example 0,3,7. Default: the first five.
-        strategy: The strategy whose scores are read.
+        strategy: The strategy whose scores are read. Default: what whence score makes by default.
         name: Folder of the scores in the run folder, if they were given one.
         run_dir: Run folder. Default: runs/NAME, after the recipe's name.
         json: Print the data as JSON.
@@ -153,19 +178,20 @@ def top(
     from whence.scores.matrix import Scores
 
     found = load_recipe(recipe, **data.given())
-    folder = _scores_folder(run_dir or Path("runs") / found.name, name or strategy)
+    usual = OVER_RUN if found.snapshots else "ekfac"
+    folder = _scores_folder(run_dir or Path("runs") / found.name, name or strategy or usual)
     if not folder.exists():
+        like = f" --strategy {strategy or 'ekfac'}" if strategy or not found.snapshots else ""
         raise ConfigError(
-            f"{folder} does not exist: there are no {strategy} scores to list. "
-            f"Run first: whence score {recipe} --strategy {strategy}, "
-            f"or name another --run-dir, --strategy or --name (exact, or {strategy}-cg, for a solver's)."
+            f"{folder} does not exist: there are no {strategy or usual} scores to list. Run first: whence score {recipe}{like}, "
+            f"or name another --run-dir, --strategy or --name (exact, or {strategy or 'ekfac'}-cg, for a solver's)."
         )
     scores = Scores.load(folder)
     _check_sizes(found, scores, folder)
     chosen = _chosen(scores, query)
     listed = [_for_query(found, scores, q, listing) for q in chosen]
     lines = [line for entry in listed for line in _query_lines(entry)]
-    output.data(lines, {"recipe": found.name, "strategy": strategy, "queries": listed}, as_json=json)
+    output.data(lines, {"recipe": found.name, "strategy": strategy or usual, "queries": listed}, as_json=json)
     if query is None and len(chosen) < len(scores.values):
         output.message(f"queries 0 to {len(chosen) - 1} of {len(scores.values)}; choose others with --query 0,3,7")
 

@@ -56,7 +56,7 @@ def clean(
         drop=drop,
         fraction=fraction,
         keep_share=keep_share,
-        strategy=inverse.strategy,
+        strategy=inverse.strategy or "ekfac",
         damping=damping,
         response=response,
         name=scores,

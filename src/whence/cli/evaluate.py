@@ -164,7 +164,7 @@ def mislabeled(
     damping = parse_damping(inverse.damping)
     attributor, found = open_recipe(recipe, run, data)
     flipped = _flipped(found)
-    orders = suspicious_orders(attributor, found, strategy=inverse.strategy, damping=damping)
+    orders = suspicious_orders(attributor, found, strategy=inverse.strategy or "ekfac", damping=damping)
 
     from whence.evaluate.mislabeled import recall_curve
 
@@ -234,7 +234,7 @@ def duplicates(
 
     damping = parse_damping(inverse.damping)
     attributor, found = open_recipe(recipe, run, data)
-    results = duplicates_of(attributor, found, count=count, strategy=inverse.strategy, damping=damping, seed=run.seed)
+    results = duplicates_of(attributor, found, count=count, strategy=inverse.strategy or "ekfac", damping=damping, seed=run.seed)
     rows = [
         [name, f"{one.recall(1).value:.1%}", f"{one.recall(10).value:.1%}", f"{one.mean_reciprocal.value:.3f}"]
         for name, one in results.items()

@@ -149,8 +149,8 @@ class ResponseOptions:
 class InverseOptions(ResponseOptions):
     """Which fitted curvature is inverted, and how."""
 
-    strategy: Strategy = "ekfac"
-    """Form of the curvature; it must be fitted, except identity, which needs no fit."""
+    strategy: Strategy | None = None
+    """Form of the curvature; it must be fitted, except identity, which needs no fit. Default: ekfac."""
 
     damping: str = "auto"
     """A number (absolute), auto, calibrated, relative:0.1 (of each layer's mean eigenvalue) or relative:0.1:model (of all layers' mean)."""
@@ -168,6 +168,9 @@ class ScoreOptions:
 
     per_token: Switch = False
     """Keep each training token's part of the scores too."""
+
+    over_run: Switch = False
+    """Mean over the snapshots of the training, each by the length of its segment; whatever curvature is asked for is fitted at each."""
 
     solver: Literal["direct", "cg", "exact"] = "direct"
     """direct: the fitted curvature's inverse; cg: conjugate gradients from there; exact: the Gauss-Newton matrix itself."""

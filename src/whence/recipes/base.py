@@ -52,7 +52,9 @@ class Recipe:
         retraining: trains again on some of the training rows and measures the queries; see `whence.evaluate.retrain`.
         training_time: sum of the learning rates of all training steps.
         second_moments: safetensors file of Adam's second moments, by parameter name.
-        snapshots: states in the midst of training, each the middle of a segment: file, and sum of its learning rates.
+        snapshots: states in the midst of training, each the middle of a segment: file, and sum of its learning rates. With
+            them the command line's scores are over the run by default: in short trainings that predicts retraining best
+            (docs/results/finetuned.md).
 
     Raises:
         RecipeError: a field cannot be used.
