@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -55,16 +55,9 @@ class Checkpoints:
         self._each(lambda attributor: attributor.fit(train, **options))
         return self
 
-    def scores(self, queries: Any, train: Any, *, weights: Sequence[float] | None = None, **options: Any) -> Scores:
-        """Return the mean over the checkpoints of `Attributor.scores`.
-
-        Args:
-            queries, train, options: as of `Attributor.scores`.
-            weights: one for each checkpoint, such as the length of the segment of training that it stands for (TracIn:
-                G. Pruthi et al., 2020); None: all alike.
-        """
-        _check_weights(weights, len(self.checkpoints))
-        return mean_scores(self._each(lambda attributor: attributor.scores(queries, train, **options)), weights=weights)
+    def scores(self, queries: Any, train: Any, **options: Any) -> Scores:
+        """Return the mean over the checkpoints of `Attributor.scores`."""
+        return mean_scores(self._each(lambda attributor: attributor.scores(queries, train, **options)))
 
     def self_influence(self, train: Any, **options: Any) -> Tensor:
         """Return the mean over the checkpoints of `Attributor.self_influence`."""
@@ -122,7 +115,7 @@ class Checkpoints:
                     overwrite=overwrite,
                 )
             parts.append(part)
-        return combined(parts, [1.0] * len(parts))
+        return combined(parts, 1.0)
 
     def _each(self, call: Callable[[Attributor], Any]) -> list[Any]:
         results = []
@@ -179,38 +172,25 @@ def load_checkpoint(model: nn.Module, checkpoint: Checkpoint) -> None:
     model.load_state_dict(state, strict=False)
 
 
-def mean_scores(scores: Sequence[Scores], *, weights: Sequence[float] | None = None) -> Scores:
+def mean_scores(scores: Sequence[Scores]) -> Scores:
     """Return the mean of scores of the same queries and rows.
 
-    Args:
-        scores: one or more.
-        weights: one for each, of any sum; None: all alike.
-
     Raises:
-        ConfigError: there are none, they are of different sizes, or the weights cannot be used.
+        ConfigError: there are none, or they are of different sizes.
     """
-    _check_weights(weights, len(scores))
-    shares = [1.0] * len(scores) if weights is None else list(weights)
-    return combined(scores, [share / sum(shares) for share in shares])
+    return combined(scores, 1.0 / max(1, len(scores)))
 
 
-def _check_weights(weights: Sequence[float] | None, count: int) -> None:
-    if weights is not None and (len(weights) != count or min(weights) < 0 or not 0 < sum(weights) < float("inf")):
-        raise ConfigError(f"weights={list(weights)} cannot be used for {count} checkpoints; give one for each, 0 or more, not all 0.")
-
-
-def combined(scores: Sequence[Scores], factors: Sequence[float]) -> Scores:
-    """Return the sum of scores of the same queries and rows, each times its factor."""
+def combined(scores: Sequence[Scores], factor: float) -> Scores:
+    """Return the sum of scores of the same queries and rows, times a factor."""
     if len({tuple(part.values.shape) for part in scores}) != 1:
         raise ConfigError(
             f"scores of shapes {[tuple(part.values.shape) for part in scores]} cannot be averaged; give scores of the same rows."
         )
-
-    def total(parts: Iterable[Tensor]) -> Tensor:
-        return torch.stack([factor * part for factor, part in zip(factors, parts, strict=True)]).sum(0)
-
     first = scores[0]
-    layers = {name: total(part.per_layer[name] for part in scores) for name in first.per_layer}
-    tokens = None if first.per_token is None else total(part.per_token for part in scores if part.per_token is not None)
-    values = total(part.values for part in scores)
+    layers = {name: factor * torch.stack([part.per_layer[name] for part in scores]).sum(0) for name in first.per_layer}
+    tokens = (
+        None if first.per_token is None else factor * torch.stack([part.per_token for part in scores if part.per_token is not None]).sum(0)
+    )
+    values = factor * torch.stack([part.values for part in scores]).sum(0)
     return replace(first, values=values, per_layer=layers, per_token=tokens, settings={**first.settings, "parts": len(scores)})

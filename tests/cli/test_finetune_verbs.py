@@ -15,6 +15,7 @@ from pyarrow import parquet
 
 import finetuned
 import whence
+from whence.checkpoints import load_checkpoint
 from whence.cli.main import main
 from whence.errors import WhenceError
 from whence.recipes.base import load_recipe
@@ -46,7 +47,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     for name in NAMES:
         finetuned.trained(name, found.data, found.models / name)
         for verb in ("fit", "score"):
-            assert main([verb, *found.options(name)]) == 0
+            assert main([verb, *found.options(name), "--strategy", "ekfac"]) == 0
     assert main(["score", *found.options("sst2"), "--strategy", "identity"]) == 0
     return found
 
@@ -136,16 +137,44 @@ def test_fit_and_score_leave_what_the_library_gives(run: Any, place: Place, name
     attributor = whence.Attributor(found.model, found.task, collate=found.collate, progress=False, device="cpu").fit(found.train)
     expected = attributor.scores(found.queries, found.train).values
     torch.testing.assert_close(saved.values, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
-    again = done(run, "score", *place.options(name), "--json")
+    again = done(run, "score", *place.options(name), "--strategy", "ekfac", "--json")
     assert (again.data["queries"], again.data["train"]) == (len(found.queries), len(found.train))
     assert "Pairwise" not in again.err, "the second run must compute nothing"
+
+
+def test_by_default_scores_are_the_mean_over_the_snapshots(run: Any, here: Path, place: Place) -> None:
+    options = [*place.options("sst2")[:-1], "default"]
+    made = done(run, "score", *options, "--json").data
+    assert made["over_run"] is True
+    assert Path(made["scores"]).name == "over-run"
+    found = load_recipe("glue", checkpoint_dir=place.models / "sst2")
+    assert len(found.snapshots) > 1
+    parts = []
+    for file, _ in found.snapshots:
+        load_checkpoint(found.model, file)
+        attributor = whence.Attributor(found.model, found.task, collate=found.collate, progress=False, device="cpu")
+        parts.append(attributor.scores(found.queries, found.train, strategy="identity", normalize="cosine").values)
+    saved = whence.Scores.load(here / made["scores"])
+    torch.testing.assert_close(saved.values, torch.stack(parts).mean(0), rtol=1e-4, atol=1e-6)
+    (entry,) = done(run, "top", *options, "--query", 1, "--k", 2, "--json").data["queries"]
+    assert [row["train"] for row in entry["proponents"]] == [row for row, _ in saved.top(1, 2)]
+    done(run, "evaluate", "tail-patch", *options, "--scores", "over-run", "--baselines", "random", "--queries", "0")
+    fitted = done(run, "score", *options, "--over-run", "--strategy", "kfac", "--json").data
+    assert Path(fitted["scores"]).name == "over-run-kfac"
+    assert not torch.equal(whence.Scores.load(here / fitted["scores"]).values, saved.values)
+    plain = refused(run, "score", *options, "--over-run", "--strategy", "identity")
+    assert "normalize" in plain, "the same folder with another normalisation"
+
+
+def test_a_run_needs_snapshots(run: Any, place: Place) -> None:
+    assert "--over-run: recipe digits has no snapshots of its training" in refused(run, "score", "digits", "--over-run")
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_half_precision_and_queries_at_low_rank(run: Any, here: Path, place: Place, name: str) -> None:
     options = [*place.options(name)[:-1], "half", "--precision", "bfloat16"]
     done(run, "fit", *options)
-    result = done(run, "score", *options, "--query-rank", 16, "--json")
+    result = done(run, "score", *options, "--strategy", "ekfac", "--query-rank", 16, "--json")
     half = whence.Scores.load(here / result.data["scores"]).values
     full = whence.Scores.load(place.runs / name / "scores" / "ekfac").values
     assert half.shape == full.shape
@@ -158,7 +187,7 @@ def test_layers_by_the_name_that_the_recipe_gives_them(run: Any, place: Place) -
     tracked = done(run, "fit", *options, "--json").data["coverage"]["tracked"]
     inner = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     assert sorted(tracked) == sorted(f"transformer.h.{block}.{layer}" for block in range(2) for layer in inner)
-    done(run, "score", *options)
+    done(run, "score", *options, "--strategy", "ekfac")
     assert "'seed'" in refused(run, "fit", *place.options("swag")[:-1], "other", "--layers", "seed")
 
 
@@ -175,12 +204,12 @@ def test_lists_show_text_of_several_lines(run: Any, place: Place, name: str) -> 
     found = load_recipe(NAMES[name], checkpoint_dir=place.models / name)
     assert found.describe is not None
     saved = whence.Scores.load(place.runs / name / "scores" / "ekfac")
-    result = done(run, "top", *place.options(name), "--query", 1, "--k", 2, "--bottom", "--json")
+    result = done(run, "top", *place.options(name), "--strategy", "ekfac", "--query", 1, "--k", 2, "--bottom", "--json")
     (entry,) = result.data["queries"]
     assert entry["text"] == found.describe(found.queries[1])
     assert [(row["train"], row["score"]) for row in entry["proponents"]] == saved.top(1, 2)
     assert all(row["text"] == found.describe(found.train[row["train"]]) for row in entry["proponents"] + entry["opponents"])
-    text = done(run, "top", *place.options(name), "--query", 1, "--k", 2).out
+    text = done(run, "top", *place.options(name), "--strategy", "ekfac", "--query", 1, "--k", 2).out
     for line in found.describe(found.queries[1]).splitlines():
         assert line.strip() in text
     lines = done(run, "self", *place.options(name), "--k", 3).out.splitlines()
@@ -391,13 +420,13 @@ def test_a_checkpoint_of_ones_own_lacks_what_training_keeps(run: Any, here: Path
     shutil.copytree(place.models / "sst2", here / "own", ignore=shutil.ignore_patterns("whence.json", "start", "snapshots", "second_*"))
     options = ["glue", "--task", "sst2", "--max-length", 16, "--data", place.data, "--checkpoint-dir", "own", "--run-dir", "mine"]
     message = refused(run, "fit", *options, "--adam")
-    assert "--adam: recipe glue-sst2 has no second moments; they are kept by whence train. Train with it, or leave --adam out." in message
+    assert "--adam: recipe glue-own has no second moments; they are kept by whence train. Train with it, or leave --adam out." in message
     done(run, "fit", *options, "--strategy", "identity")
     done(run, "score", *options, "--strategy", "identity")
     message = refused(run, "evaluate", "lds", *options, "--scores", "identity")
-    assert "recipe glue-sst2 cannot be trained again: it has no retraining." in message
+    assert "recipe glue-own cannot be trained again: it has no retraining." in message
     message = refused(run, "clean", *options, "--strategy", "identity", "--retrain", "--out", "c.parquet")
-    assert "recipe glue-sst2 cannot be trained again" in message
+    assert "recipe glue-own cannot be trained again" in message
     done(run, "clean", *options, "--strategy", "identity", "--out", "c.parquet")
     message = refused(run, "score", *options, "--strategy", "identity", "--response", "unrolled", "--name", "u")
     assert "unrolled" in message

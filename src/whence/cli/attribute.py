@@ -55,25 +55,31 @@ def score(
 ) -> None:
     """Score every query of a recipe against every training row and store the scores in the run folder.
 
+    Models of whence train are scored over the snapshots of their training by default, by the cosine of gradients.
+
     Args:
         k: Strongest proponents and opponents per query in the table that is written beside the scores.
     """
+    from whence.evidence.over_run import scores_over_run
+
     damping, response = parse_damping(inverse.damping), parse_response(inverse.response)
     attributor, found = open_recipe(recipe, run, data)
-    asked = {name: value for name, value in vars(scoring).items() if name != "over_run"}
-    strategy, over_run = inverse.strategy or "ekfac", scoring.over_run
-    if not over_run and found.snapshots and _nothing_asked(inverse, scoring):
+    asked = {name: value for name, value in vars(scoring).items() if name not in ("over_run", "name")}
+    by_default = bool(found.snapshots) and _nothing_asked(inverse, scoring)
+    over_run = scoring.over_run or by_default
+    strategy = inverse.strategy or ("identity" if over_run else "ekfac")
+    if by_default:
         # What predicts retraining best after a short training (docs/results/finetuned.md).
-        strategy, over_run, asked["normalize"] = "identity", True, "cosine"
-    options = asked | {"damping": damping, "response": response, "batch_size": run.batch_size, "overwrite": run.overwrite}
-    folder = _scores_folder(run_folder(found, run), _scores_name(scoring, strategy, over_run))
+        asked["normalize"] = "cosine"
+    name = _scores_name(scoring, strategy, over_run)
+    options = asked | {"damping": damping, "response": response, "name": name, "batch_size": run.batch_size, "overwrite": run.overwrite}
+    fitted = "identity" if scoring.solver == "exact" else strategy  # an exact inverse needs no fit
     if over_run:
-        scores = _over_run(attributor, found, run, strategy, options)
-        scores.save(folder)
+        scores = scores_over_run(attributor, open_snapshots(found, run), found, strategy=fitted, **options)
     else:
-        fitted = "identity" if scoring.solver == "exact" else strategy  # an exact inverse needs no fit
         scores = attributor.scores(found.queries, found.train, strategy=fitted, **options)
-    table = folder.with_name(f"{folder.name}_top.parquet")
+    folder = _scores_folder(run_folder(found, run), name)
+    table = folder.with_name(f"{name}_top.parquet")
     if not scores.sums_rows:
         scores.to_parquet(table, k=k)
     queries, train = scores.values.shape
@@ -96,17 +102,8 @@ def _scores_name(scoring: ScoreOptions, strategy: str, over_run: bool) -> str:
     from whence.scores.request import scores_folder
 
     if over_run:
-        return scoring.name or OVER_RUN
+        return scoring.name or (OVER_RUN if strategy == "identity" else f"{OVER_RUN}-{strategy}")
     return scores_folder(scoring.name, strategy, scoring.solver)
-
-
-def _over_run(attributor: Attributor, found: Recipe, run: RunOptions, strategy: Any, options: dict[str, Any]) -> Scores:
-    checkpoints = open_snapshots(found, run)
-    for one in checkpoints.attributors:
-        one.stages = attributor.stages
-    checkpoints.fit(found.train, strategy=strategy, batch_size=run.batch_size, overwrite=run.overwrite)
-    weights = [time for _, time in found.snapshots]
-    return checkpoints.scores(found.queries, found.train, strategy=strategy, weights=weights, **options)
 
 
 def self_influence(

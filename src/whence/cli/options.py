@@ -71,8 +71,8 @@ class TrainOptions(TrainingSettings):
 class RetrainOptions:
     """How models are trained again."""
 
-    repeats: Count = 5
-    """Trainings per subset, with different seeds."""
+    repeats: Count | None = None
+    """Trainings of each set of rows, with different seeds. Default: 5, for counterfactual 3."""
 
     jobs: int = 1
     """Trainings at a time; -1 uses every core."""
@@ -150,7 +150,7 @@ class InverseOptions(ResponseOptions):
     """Which fitted curvature is inverted, and how."""
 
     strategy: Strategy | None = None
-    """Form of the curvature; it must be fitted, except identity, which needs no fit. Default: ekfac."""
+    """Form of the curvature; it must be fitted, except identity, which needs no fit. Default: ekfac; with --over-run identity."""
 
     damping: str = "auto"
     """A number (absolute), auto, calibrated, relative:0.1 (of each layer's mean eigenvalue) or relative:0.1:model (of all layers' mean)."""
@@ -170,7 +170,8 @@ class ScoreOptions:
     """Keep each training token's part of the scores too."""
 
     over_run: Switch = False
-    """Mean over the snapshots of the training, each by the length of its segment; whatever curvature is asked for is fitted at each."""
+    """Mean over the snapshots of the training; a curvature that is asked for is fitted at each. Default of score for models of whence
+    train, with --normalize cosine, unless --strategy, --damping, --response, --solver, --normalize or --aggregate is given."""
 
     solver: Literal["direct", "cg", "exact"] = "direct"
     """direct: the fitted curvature's inverse; cg: conjugate gradients from there; exact: the Gauss-Newton matrix itself."""
@@ -191,7 +192,7 @@ class ScoreOptions:
     """Training rows to score. Default: all."""
 
     name: str | None = None
-    """Folder of these scores within the run folder. Default: the strategy's name."""
+    """Folder of these scores within the run folder. Default: the strategy's name; over a run over-run, or over-run-STRATEGY."""
 
 
 @dataclass(kw_only=True)

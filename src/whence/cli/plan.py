@@ -29,6 +29,8 @@ def plan(
     """
     if scoring.solver != "direct":
         raise ConfigError(f"--solver {scoring.solver} is not planned yet; the plan is of the fitted curvature. Leave --solver out.")
+    if scoring.over_run:
+        raise ConfigError("--over-run is not planned yet: it costs what one set of scores does, times the snapshots. Leave --over-run out.")
     response = parse_response(responding.response)
     attributor, found = open_recipe(recipe, run, data)
     made = attributor.plan(

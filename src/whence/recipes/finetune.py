@@ -8,6 +8,7 @@ A checkpoint folder holds the trained model and its tokenizer as `from_pretraine
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,12 @@ def open_finetuned(family: Family, checkpoint_dir: str | Path | None, data: Data
     folder = Path(checkpoint_dir)
     record = _record(family, folder)
     if record is not None:
-        data = data.over(DataSettings(**_known(DataSettings, record["data"])))
+        recorded = DataSettings(**_known(DataSettings, record["data"]))
+        if data.flip is not None and data.flip != (recorded.flip or 0):
+            raise ConfigError(
+                f"flip={data.flip}: {folder} was trained with flip={recorded.flip or 0}. Leave it out, or train again with it."
+            )
+        data = data.over(recorded)
     data = family.settled(data)
     with quiet(need("transformers")):
         model, task, collate = open_pretrained(checkpoint_dir, task=task_of(family, data))
@@ -113,7 +119,7 @@ def open_finetuned(family: Family, checkpoint_dir: str | Path | None, data: Data
         freeze(model, training.freeze)
     train, queries = read_splits(family, data, tokenizer, model.config, 0 if training is None else training.seed)
     recipe = Recipe(
-        name=f"{family.name}-{data.task}",
+        name=_run_name(family, folder),
         model=model,
         task=task,
         train=train.encoded,
@@ -132,6 +138,11 @@ def open_finetuned(family: Family, checkpoint_dir: str | Path | None, data: Data
         recipe.snapshots = [(folder / SNAPSHOTS / entry["file"], float(entry["time"])) for entry in record["snapshots"]]
         recipe.retraining = retraining(family, folder, data, training, train.encoded, queries.encoded)
     return recipe
+
+
+def _run_name(family: Family, folder: Path) -> str:
+    """Name the run folder after the checkpoint folder, since a task has many."""
+    return re.sub(r"[^A-Za-z0-9._-]", "-", f"{family.name}-{folder.resolve().name}")
 
 
 def _text(row: Row) -> str:

@@ -4,8 +4,8 @@ Data: https://huggingface.co/datasets/nyu-mll/glue (A. Wang et al., "GLUE", 2018
 `{"sentence1": "...", "sentence2": "...", "label": 0, "idx": 7}`, 0 = entailment.
 
     whence train glue --task rte --checkpoint-dir checkpoints/rte
-    whence fit glue --checkpoint-dir checkpoints/rte --strategy ekfac
     whence score glue --checkpoint-dir checkpoints/rte
+    whence top glue --checkpoint-dir checkpoints/rte --query 0
 
 Data and model of your own: `--data FOLDER --columns text --label label --model FOLDER`.
 """

@@ -5,7 +5,7 @@ Data: https://huggingface.co/datasets/allenai/swag (R. Zellers et al., 2018), `R
 
     whence train swag --checkpoint-dir checkpoints/swag
     whence fit swag --checkpoint-dir checkpoints/swag --strategy ekfac --precision bfloat16
-    whence score swag --checkpoint-dir checkpoints/swag --query-rank 32
+    whence score swag --checkpoint-dir checkpoints/swag --strategy ekfac --precision bfloat16 --query-rank 32
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ with its line end. All rows are joined and cut into blocks of `--max-length` tok
 
     whence train wikitext --checkpoint-dir checkpoints/wikitext
     whence fit wikitext --checkpoint-dir checkpoints/wikitext --strategy ekfac --layers seed
-    whence score wikitext --checkpoint-dir checkpoints/wikitext --layers seed
+    whence score wikitext --checkpoint-dir checkpoints/wikitext --layers seed --strategy ekfac
 
 `--layers seed` takes the 48 linear layers of GPT-2's blocks that the published run takes; without it, every layer with a handler.
 """
