@@ -25,7 +25,7 @@ test-all: lint ## the same with the slow tests
 	$(BIN)/python -m pytest
 
 bench: $(BENCH_VENV)/.bench ## compare with a peer library (an hour and a half); writes JSON into bench/results
-	set -e; for script in bench/[a-z]*.py; do echo "== $$script"; $(BENCH_VENV)/bin/python "$$script"; done
+	set -e; for name in kronfluence_parity kronfluence_speed digits_lds precision plan_accuracy; do echo "== $$name"; $(BENCH_VENV)/bin/python bench/$$name.py; done
 
 lint: $(VENV)/.dev ## linter, formatting and types
 	$(BIN)/ruff check .
@@ -52,7 +52,7 @@ $(VENV)/.demo $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 $(BENCH_VENV)/.bench: bench/requirements.txt constraints.txt | check-python
 	$(PYTHON) -m venv $(BENCH_VENV)
 	$(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --requirement bench/requirements.txt --editable .
-	$(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --no-deps kronfluence==1.0.1
+	$(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --no-deps kronfluence==1.0.1 traker==0.3.2 cleanlab==2.9.0
 	@touch $@
 
 $(BIN)/python: | check-python

@@ -55,7 +55,7 @@ def score(
 ) -> None:
     """Score every query of a recipe against every training row and store the scores in the run folder.
 
-    Models of whence train are scored over the snapshots of their training by default, by the cosine of gradients.
+    Classifiers of whence train are scored over the snapshots of their training by default, by the cosine of gradients.
 
     Args:
         k: Strongest proponents and opponents per query in the table that is written beside the scores.
@@ -65,11 +65,11 @@ def score(
     damping, response = parse_damping(inverse.damping), parse_response(inverse.response)
     attributor, found = open_recipe(recipe, run, data)
     asked = {name: value for name, value in vars(scoring).items() if name not in ("over_run", "name")}
-    by_default = bool(found.snapshots) and _nothing_asked(inverse, scoring)
+    by_default = found.over_run and _nothing_asked(inverse, scoring)
     over_run = scoring.over_run or by_default
     strategy = inverse.strategy or ("identity" if over_run else "ekfac")
     if by_default:
-        # What predicts retraining best after a short training (docs/results/finetuned.md).
+        # What predicts retraining best after a short training of a classifier (docs/results/finetuned.md).
         asked["normalize"] = "cosine"
     name = _scores_name(scoring, strategy, over_run)
     options = asked | {"damping": damping, "response": response, "name": name, "batch_size": run.batch_size, "overwrite": run.overwrite}
@@ -175,10 +175,10 @@ def top(
     from whence.scores.matrix import Scores
 
     found = load_recipe(recipe, **data.given())
-    usual = OVER_RUN if found.snapshots else "ekfac"
+    usual = OVER_RUN if found.over_run else "ekfac"
     folder = _scores_folder(run_dir or Path("runs") / found.name, name or strategy or usual)
     if not folder.exists():
-        like = f" --strategy {strategy or 'ekfac'}" if strategy or not found.snapshots else ""
+        like = f" --strategy {strategy or 'ekfac'}" if strategy or not found.over_run else ""
         raise ConfigError(
             f"{folder} does not exist: there are no {strategy or usual} scores to list. Run first: whence score {recipe}{like}, "
             f"or name another --run-dir, --strategy or --name (exact, or {strategy or 'ekfac'}-cg, for a solver's)."

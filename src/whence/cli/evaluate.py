@@ -248,7 +248,8 @@ def _orders(
     recipe: str, run: RunOptions, data: DataOptions, names: list[str], baselines: list[str] | None
 ) -> tuple[Attributor, Recipe, dict[str, Tensor]]:
     """Open a recipe and read the scores to be judged, then make the baselines."""
-    from whence.evidence.compare import baseline_scores, saved_scores
+    from whence.evidence.compare import baseline_scores
+    from whence.evidence.saved import saved_scores
 
     attributor, found = open_recipe(recipe, run, data)
     saved = saved_scores(attributor, found, names)

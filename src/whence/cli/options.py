@@ -170,8 +170,8 @@ class ScoreOptions:
     """Keep each training token's part of the scores too."""
 
     over_run: Switch = False
-    """Mean over the snapshots of the training; a curvature that is asked for is fitted at each. Default of score for models of whence
-    train, with --normalize cosine, unless --strategy, --damping, --response, --solver, --normalize or --aggregate is given."""
+    """Mean over the snapshots of the training; a curvature that is asked for is fitted at each. Default of score for glue
+    and swag, with --normalize cosine, unless --strategy, --damping, --response, --solver, --normalize or --aggregate is given."""
 
     solver: Literal["direct", "cg", "exact"] = "direct"
     """direct: the fitted curvature's inverse; cg: conjugate gradients from there; exact: the Gauss-Newton matrix itself."""

@@ -114,7 +114,7 @@ def embedding_scores(
             _check_finite(parts[-1], batch.ids, what)
         return nn.functional.normalize(torch.cat(parts), dim=1)
 
-    with _only_looking(inner, place):
+    with only_looking(inner, place):
         return (embedded(queries, "query") @ embedded(train, "training").T).clamp_(-1, 1)
 
 
@@ -209,7 +209,7 @@ def _flat(value: Any) -> list[int]:
 
 
 @contextmanager
-def _only_looking(model: nn.Module, device: torch.device) -> Iterator[None]:
+def only_looking(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Run the model in eval mode without gradients; on exit its modes, the random state and torch's switches are as found."""
     training = [(module, module.training) for module in model.modules()]
     fast = torch.backends.mha.get_fastpath_enabled()

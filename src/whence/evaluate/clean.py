@@ -72,6 +72,16 @@ def decide(
     )
 
 
+def check_shares(rows: int, *, fraction: float, keep_share: float) -> None:
+    """Check, before anything is scored, that `decide` can take a fraction of so many rows and a share to keep.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    _wanted(rows, fraction, None, None)
+    _check_kept(keep_share)
+
+
 def harmful_scores(scores: Tensor) -> Tensor:
     """Return how much each row pushes the queries' measurements up in all, minus the sum over queries, float64 `[train]`.
 
@@ -127,6 +137,10 @@ def _check(scores: Tensor, classes: Tensor | None, groups: Tensor | None, floor:
         raise DataError(f"the score of row {row} is {scores[row].item()}, so rows cannot be ranked. Find out where it comes from.")
     if floor is not None and not math.isfinite(floor):
         raise ConfigError(f"floor={floor!r} is no score; give a finite number, or None.")
+    _check_kept(keep_share)
+
+
+def _check_kept(keep_share: float) -> None:
     if not 0 <= keep_share <= 1:
         raise ConfigError(f"keep_share={keep_share!r} is no share of a class; give a number from 0 to 1.")
 

@@ -81,14 +81,16 @@ def counterfactual(
         NumericalError, StorageError: as of `retrain_bank`.
     """
     train = _check_orders(orders)
-    counts = _check_counts(remove, train)
+    counts = check_counts(remove, train)
     base_repeats = repeats if base_repeats is None else base_repeats
     _check_options(mode, repeats, base_repeats, resamples, tokens)
+    scored = len(next(iter(orders.values())))
+    asked = sorted(set(check_rows(queries, scored, "queries")))
+    tokens = None if tokens is None else _check_tokens(tokens, scored)
     run = partial(retrain_all, procedure, folder=folder, n_jobs=n_jobs, backend=backend, stages=stages)
     trainings = _Trainings(run=run, key=procedure.key, rows=tuple(range(train)), seed=seed)
     base = trainings.without([([], repeat) for repeat in range(base_repeats)])
-    taken, left_out = _choose(base, orders, queries, mode)
-    tokens = None if tokens is None else _check_tokens(tokens, base.shape[1])[taken]
+    taken, left_out = _choose(base, asked, scored, mode)
     after, helpful = _remove(trainings, orders, counts, taken, repeats, mode)
     return Counterfactual(
         mode=mode,
@@ -99,7 +101,7 @@ def counterfactual(
         base=base[:, taken],
         after=after,
         helpful=helpful,
-        tokens=tokens,
+        tokens=None if tokens is None else tokens[taken],
         resamples=resamples,
         settings={"key": procedure.key, "seed": seed, "train": train},
     )
@@ -163,12 +165,10 @@ def _draw(train: int, group: list[int], repeat: int, seed: int) -> Tensor:
     return torch.randperm(train, generator=torch.Generator().manual_seed(key))
 
 
-def _choose(base: Tensor, orders: Mapping[str, Tensor], queries: Sequence[int] | None, mode: str) -> tuple[list[int], tuple[int, ...]]:
+def _choose(base: Tensor, asked: list[int], scored: int, mode: str) -> tuple[list[int], tuple[int, ...]]:
     """Return the queries to take, and those that are left out because a base model misclassifies them."""
-    scored, count = len(next(iter(orders.values()))), base.shape[1]
-    if scored != count:
-        raise DataError(f"the orders are of {scored} queries, the procedure measures {count}; they must be the same ones.")
-    asked = sorted(set(check_rows(queries, count, "queries")))
+    if scored != base.shape[1]:
+        raise DataError(f"the orders are of {scored} queries, the procedure measures {base.shape[1]}; they must be the same ones.")
     if mode == "sum":
         return asked, ()
     right = (base < 0).all(0)
@@ -197,8 +197,12 @@ def _check_orders(orders: Mapping[str, Tensor]) -> int:
     return next(iter(shapes.values()))[1]
 
 
-def _check_counts(remove: Sequence[int], train: int) -> tuple[int, ...]:
-    """Return the numbers of rows to remove, rising, without 0."""
+def check_counts(remove: Sequence[int], train: int) -> tuple[int, ...]:
+    """Return the numbers of rows to remove, rising, without 0.
+
+    Raises:
+        ConfigError: there is none, or one is no number of rows below `train`.
+    """
     counts = tuple(sorted(set(remove) - {0}))
     if not counts or not all(type(count) is int and 0 < count < train for count in counts):
         raise ConfigError(f"remove={list(remove)!r} of {train} training rows; give whole numbers of rows from 1 to {train - 1}.")

@@ -221,7 +221,7 @@ def retrain_bank(
         stages: gets the time and shows progress.
 
     Raises:
-        ConfigError: fewer than one repeat. StorageError: another process is using the folder, or it cannot be written.
+        ConfigError: fewer than one repeat, or no job at a time. StorageError: another process is using the folder, or it cannot be written.
     """
     if masks.dim() != 2 or masks.dtype != torch.bool or not len(masks) or repeats < 1:
         raise ConfigError(f"masks are {masks.dtype} {tuple(masks.shape)}, repeats={repeats}; give bool [subset, train] and 1 or more.")
@@ -250,6 +250,7 @@ def retrain_all(
 
     Equal jobs run once. Arguments and errors as of `retrain_bank`.
     """
+    check_jobs(n_jobs)
     stages = Stages(enabled=False) if stages is None else stages
     jobs = {spec.digest: spec for spec in specs}
     with ExitStack() as stack:
@@ -264,6 +265,16 @@ def retrain_all(
             done[digest] = measured
             advance(1)
     return [done[spec.digest] for spec in specs]
+
+
+def check_jobs(n_jobs: int) -> None:
+    """Check a number of jobs at a time before long work starts.
+
+    Raises:
+        ConfigError: it is 0.
+    """
+    if n_jobs == 0:
+        raise ConfigError("n_jobs=0 trains nothing; give how many trainings run at a time, or -1 for one per core.")
 
 
 def _jobs(folder: Path, key: str) -> ShardStore:

@@ -1,4 +1,4 @@
-"""What is compared when scores are judged: scores that were saved, and the cheap baselines that stand beside them."""
+"""What is compared when scores are judged: scores, and the cheap baselines that stand beside them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,17 @@ import torch
 from torch import Tensor
 
 from whence.attributor import Attributor
-from whence.errors import ConfigError, MismatchError
-from whence.evaluate.baselines import BASELINES, bm25_scores, embedding_scores, loss_scores, random_scores, signed_by_class
-from whence.evaluate.counterfactual import RANDOM, counterfactual
+from whence.errors import ConfigError
+from whence.evaluate.baselines import (
+    BASELINES,
+    bm25_scores,
+    embedding_scores,
+    loss_scores,
+    only_looking,
+    random_scores,
+    signed_by_class,
+)
+from whence.evaluate.counterfactual import RANDOM, check_counts, counterfactual
 from whence.evaluate.duplicates import DuplicateRanks, duplicate_ranks, sample_rows
 from whence.evaluate.lds import Lds, lds
 from whence.evaluate.removal import Counterfactual
@@ -23,7 +31,6 @@ from whence.evaluate.tail_patch import TailPatch, tail_patch
 from whence.recipes.base import Recipe
 from whence.recipes.quality import tokens_of
 from whence.runtime.batches import check_rows, iterate_batches
-from whence.scores.matrix import Scores
 from whence.tasks import CausalLM
 
 Orders = dict[str, Tensor]
@@ -32,37 +39,16 @@ Orders = dict[str, Tensor]
 _BATCH = 32
 
 
-def saved_scores(attributor: Attributor, recipe: Recipe, names: Sequence[str]) -> Orders:
-    """Read scores from the run folder by their names.
-
-    Raises:
-        ConfigError: there are none of a name. MismatchError: they are of other rows, or of some of them.
-    """
-    found: Orders = {}
-    for name in names:
-        folder = attributor.run.sub("scores", name)
-        if not folder.exists():
-            have = sorted(path.name for path in folder.parent.glob("*") if path.is_dir())
-            raise ConfigError(
-                f"there are no scores {name!r} in {folder.parent}; it has {', '.join(have) or 'none'}. Run whence score first."
-            )
-        values = Scores.load(folder).values
-        if values.shape != (len(recipe.queries), len(recipe.train)):
-            raise MismatchError(
-                f"{folder} holds scores of {values.shape[0]} queries and {values.shape[1]} rows; recipe {recipe.name} has "
-                f"{len(recipe.queries)} and {len(recipe.train)}. Score all of them again."
-            )
-        found[name] = values
-    return found
-
-
-@torch.no_grad()
 def row_losses(attributor: Attributor, recipe: Recipe) -> Tensor:
     """Return the loss of every training row, float64 `[train]`."""
     rows = range(len(recipe.train))
     batches = iterate_batches(recipe.train, rows, batch_size=_BATCH, collate=recipe.collate, device=attributor.device)
-    with attributor.stages.stage("Losses"), attributor.stages.track(len(rows), "Losses") as advance:
-        parts = []
+    parts = []
+    with (
+        only_looking(recipe.model, attributor.device),
+        attributor.stages.stage("Losses"),
+        attributor.stages.track(len(rows), "Losses") as advance,
+    ):
         for batch in batches:
             parts.append(recipe.task.loss(recipe.model, batch.data).double().cpu())
             advance(len(parts[-1]))
@@ -81,12 +67,16 @@ def baseline_scores(attributor: Attributor, recipe: Recipe, *, names: Sequence[s
         seed: of the random one.
 
     Raises:
-        ConfigError: there is no baseline of a name.
+        ConfigError: there is no baseline of a name, or the recipe's rows do not allow one that is named.
     """
     unknown = sorted(set(names or ()) - set(BASELINES))
     if unknown:
         raise ConfigError(f"{unknown[0]!r} is no baseline; choose from {', '.join(BASELINES)}.")
     wanted = [name for name in (names or BASELINES) if _possible(name, recipe)]
+    impossible = sorted(set(names or ()) - set(wanted))
+    if impossible:
+        needs = "classes of rows and queries" if impossible[0].endswith(" signed") else "rows that are text (input_ids)"
+        raise ConfigError(f"the baseline {impossible[0]!r} needs {needs}, which recipe {recipe.name} does not have. Leave it out.")
     made: Orders = {}
     for name in wanted:
         plain = name.removesuffix(" signed")
@@ -169,6 +159,35 @@ def procedure_of(recipe: Recipe) -> Any:
     return recipe.retraining
 
 
+def check_lds(recipe: Recipe, *, masks: int, share: float) -> None:
+    """Check what `lds_table` is asked for before anything is scored or trained.
+
+    Raises:
+        ConfigError: the recipe cannot be trained again, or not on such subsets.
+    """
+    procedure_of(recipe)
+    if masks < 3:
+        raise ConfigError(f"masks={masks}: no correlation can be taken. Give 3 or more, 100 for a score to rely on.")
+    draw_masks(len(recipe.train), 1, share=share)
+
+
+def check_counterfactual(recipe: Recipe, *, remove: Sequence[int], mode: str, queries: Sequence[int] | None = None) -> None:
+    """Check what `counterfactual_of` is asked for before anything is scored or trained.
+
+    Raises:
+        ConfigError: the recipe cannot be trained again or has no such rows, or its measurement cannot tell what is classified right.
+    """
+    procedure_of(recipe)
+    check_counts(remove, len(recipe.train))
+    check_rows(queries, len(recipe.queries), "queries")
+    measure = getattr(recipe.task, "measure", "margin")  # of a task of one's own, nothing is known
+    if mode == "each" and measure != "margin":
+        raise ConfigError(
+            f"mode='each' follows queries until they are misclassified, which the measurement {measure!r} does not tell. "
+            "Give --mode sum, or for a classifier --measurement margin and scores of it."
+        )
+
+
 def lds_table(
     attributor: Attributor,
     recipe: Recipe,
@@ -194,8 +213,7 @@ def lds_table(
         n_jobs, backend: as for joblib.
         folder: of the retrains; None: `retrain` in the run folder.
     """
-    if masks < 3:
-        raise ConfigError(f"masks={masks}: no correlation can be taken. Give 3 or more, 100 for a score to rely on.")
+    check_lds(recipe, masks=masks, share=share)
     bank = retrain_bank(
         procedure_of(recipe),
         draw_masks(len(recipe.train), masks, share=share, seed=seed),
@@ -213,6 +231,7 @@ def counterfactual_of(
     attributor: Attributor, recipe: Recipe, orders: Mapping[str, Tensor], *, mode: Literal["each", "sum"], **options: Any
 ) -> Counterfactual:
     """Remove the rows at the top of each order and train again; options as of `whence.evaluate.counterfactual.counterfactual`."""
+    check_counterfactual(recipe, remove=options["remove"], mode=mode, queries=options.get("queries"))
     language = mode == "sum" and isinstance(recipe.task, CausalLM) and recipe.task.measure == "loss"
     return counterfactual(
         {name: scores for name, scores in orders.items() if name != RANDOM},
@@ -245,23 +264,30 @@ def tail_patch_of(
 
 
 def duplicates_of(
-    attributor: Attributor, recipe: Recipe, *, count: int, strategy: Any = "ekfac", damping: Any = "auto", seed: int = 0
+    attributor: Attributor, recipe: Recipe, *, count: int, strategy: Any = "ekfac", seed: int = 0, **inverse: Any
 ) -> dict[str, DuplicateRanks]:
-    """Ask for `count` training rows themselves and say where each one comes in its own ranking."""
+    """Ask for `count` training rows themselves and say where each one comes in its own ranking.
+
+    `inverse` is damping and response, as of `Attributor.scores`.
+    """
     rows = sample_rows(len(recipe.train), min(count, len(recipe.train)), seed=seed)
     asked = [recipe.train[row] for row in rows]
     options: dict[str, Any] = {"name": "duplicates", "overwrite": True}
     found = {
-        strategy: attributor.scores(asked, recipe.train, strategy=strategy, damping=damping, **options).values,
+        strategy: attributor.scores(asked, recipe.train, strategy=strategy, **inverse, **options).values,
         "gradient cosine": attributor.scores(asked, recipe.train, strategy="identity", normalize="cosine", **options).values,
         "random": random_scores(len(rows), len(recipe.train), seed=seed),
     }
     return {name: duplicate_ranks(scores, rows) for name, scores in found.items()}
 
 
-def suspicious_orders(attributor: Attributor, recipe: Recipe, *, strategy: Any = "ekfac", damping: Any = "auto") -> dict[str, Tensor]:
-    """Return rankings `[train]` of suspicious rows, high for rows to look at first: self-influence, gradient norm, loss, chance."""
-    values = attributor.self_influence(recipe.train, strategy=strategy, damping=damping, overwrite=True)
+def suspicious_orders(attributor: Attributor, recipe: Recipe, *, strategy: Any = "ekfac", **inverse: Any) -> dict[str, Tensor]:
+    """Return rankings `[train]` of suspicious rows, high for rows to look at first: self-influence, gradient norm, loss, chance.
+
+    `inverse` is damping and response, as of `Attributor.self_influence`.
+    """
+    # Names of their own: what whence self keeps is not replaced.
+    values = attributor.self_influence(recipe.train, strategy=strategy, name="mislabeled", overwrite=True, **inverse)
     norms = attributor.self_influence(recipe.train, strategy="identity", name="gradient-norm", overwrite=True)
     return {
         "self-influence": values.double(),

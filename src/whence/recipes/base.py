@@ -52,9 +52,9 @@ class Recipe:
         retraining: trains again on some of the training rows and measures the queries; see `whence.evaluate.retrain`.
         training_time: sum of the learning rates of all training steps.
         second_moments: safetensors file of Adam's second moments, by parameter name.
-        snapshots: states in the midst of training, each the middle of a segment: file, and sum of its learning rates. With
-            them the command line's scores are over the run by default: in short trainings that predicts retraining best
-            (docs/results/finetuned.md).
+        snapshots: states in the midst of training, each the middle of a segment: file, and sum of its learning rates.
+        over_run: whether scores are over the snapshots by default; it predicts retraining best after short trainings of
+            classifiers (docs/results/finetuned.md).
 
     Raises:
         RecipeError: a field cannot be used.
@@ -77,6 +77,7 @@ class Recipe:
     training_time: float | None = None
     second_moments: Path | None = None
     snapshots: Sequence[tuple[Path, float]] = ()
+    over_run: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", self.name):

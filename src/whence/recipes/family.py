@@ -24,6 +24,8 @@ class Family(Protocol):
     """Of the tokenizer made for a preset."""
     layer_sets: ClassVar[dict[str, list[str]]]
     """Layers by the names under which `--layers` takes them."""
+    over_run: ClassVar[bool]
+    """Whether scores are over the run's snapshots by default, as the evidence says (docs/results/finetuned.md)."""
     joins_rows: ClassVar[bool]
     """Whether raw rows are joined and cut anew, so that rows are limited after that."""
 

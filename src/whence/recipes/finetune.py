@@ -135,6 +135,7 @@ def open_finetuned(family: Family, checkpoint_dir: str | Path | None, data: Data
         recipe.classes, recipe.query_classes = (torch.tensor([row["labels"] for row in rows]) for rows in (recipe.train, recipe.queries))
     if record is not None and training is not None:
         recipe.training_time, recipe.second_moments = float(record["training_time"]), folder / MOMENTS
+        recipe.over_run = family.over_run and bool(record["snapshots"])
         recipe.snapshots = [(folder / SNAPSHOTS / entry["file"], float(entry["time"])) for entry in record["snapshots"]]
         recipe.retraining = retraining(family, folder, data, training, train.encoded, queries.encoded)
     return recipe

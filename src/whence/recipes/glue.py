@@ -60,6 +60,7 @@ class Glue:
     auto: ClassVar[str] = "AutoModelForSequenceClassification"
     style: ClassVar[TokenizerStyle] = "bert"
     layer_sets: ClassVar[dict[str, list[str]]] = {}
+    over_run: ClassVar[bool] = True
     joins_rows: ClassVar[bool] = False
 
     def settled(self, data: DataSettings) -> DataSettings:

@@ -36,6 +36,7 @@ class Swag:
     auto: ClassVar[str] = "AutoModelForMultipleChoice"
     style: ClassVar[TokenizerStyle] = "roberta"
     layer_sets: ClassVar[dict[str, list[str]]] = {}
+    over_run: ClassVar[bool] = True
     joins_rows: ClassVar[bool] = False
 
     def settled(self, data: DataSettings) -> DataSettings:

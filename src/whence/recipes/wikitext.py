@@ -36,6 +36,7 @@ class WikiText:
     auto: ClassVar[str] = "AutoModelForCausalLM"
     style: ClassVar[TokenizerStyle] = "gpt2"
     layer_sets: ClassVar[dict[str, list[str]]] = {"seed": _BLOCKS}
+    over_run: ClassVar[bool] = False
     joins_rows: ClassVar[bool] = True
 
     def settled(self, data: DataSettings) -> DataSettings:

@@ -24,6 +24,20 @@ _FORMATS: dict[str, dict[str, Any]] = {
 }
 
 
+def check_picture(path: Path | None) -> None:
+    """Check before long work that a picture can be drawn into a file; None: none is asked for.
+
+    Raises:
+        ConfigError: the file is neither `.png` nor `.svg`, its folder does not exist, or matplotlib is not installed.
+    """
+    if path is None:
+        return
+    _check_form(path)
+    if not path.parent.is_dir():
+        raise ConfigError(f"{path}: there is no folder {path.parent} to draw into. Make it, or give another name.")
+    require_extra("matplotlib.figure")
+
+
 @contextmanager
 def picture_file(path: Path, title: str, *, size: tuple[float, float] = (5.4, 4.4)) -> Iterator[Any]:
     """Give an empty matplotlib figure of `size` inches; write it to `path`, atomically, when the body has drawn on it.
@@ -33,8 +47,7 @@ def picture_file(path: Path, title: str, *, size: tuple[float, float] = (5.4, 4.
     Raises:
         ConfigError: the file is neither `.png` nor `.svg`, or matplotlib is not installed. StorageError: it cannot be written.
     """
-    if path.suffix not in _FORMATS:
-        raise ConfigError(f"{path.name!r} is no picture that can be drawn; give a name that ends in .png or .svg.")
+    _check_form(path)
     matplotlib = require_extra("matplotlib")
     # Not pyplot: it keeps figures and picks a window system.
     figures = require_extra("matplotlib.figure")
@@ -47,6 +60,11 @@ def picture_file(path: Path, title: str, *, size: tuple[float, float] = (5.4, 4.
         yield figure
         figure.savefig(buffer, format=path.suffix[1:], **_FORMATS[path.suffix])
     write_bytes_atomic(path, buffer.getvalue())
+
+
+def _check_form(path: Path) -> None:
+    if path.suffix not in _FORMATS:
+        raise ConfigError(f"{path.name!r} is no picture that can be drawn; give a name that ends in .png or .svg.")
 
 
 def plain(text: str) -> str:

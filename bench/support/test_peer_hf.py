@@ -10,10 +10,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from trak.projectors import BasicProjector, NoOpProjector
+
 from support.models import spread_norms
 from support.peer import rewrite_conv1d
 from support.peer_hf import kronfluence_scores, tracked_layers, trak_scores
-from trak.projectors import BasicProjector, NoOpProjector
 
 KINDS = ("classification", "choice", "lm")
 CHOICES = 4
