@@ -70,7 +70,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--jobs", type=int, default=2, help="retrains at a time")
     parser.add_argument("--methods", nargs="*", help="only these; nothing is written")
-    parser.add_argument("--without", nargs="*", default=[], help="all but these")
+    parser.add_argument("--kept", action="store_true", help="only methods whose scores are in the work folder already")
     options = parser.parse_args()
     torch.set_num_threads(1)
     recipe = load_recipe(options.recipe, checkpoint_dir=options.checkpoint)
@@ -79,7 +79,7 @@ def main() -> int:
         recipe.retraining, masks, repeats=options.repeats, folder=options.work / "retrain", n_jobs=options.jobs, stages=Stages()
     )
     setting = Setting(recipe=recipe, work=options.work, checkpoint=options.checkpoint)
-    names = options.methods or [name for name in (*METHODS, *PEERS) if name not in options.without]
+    names = options.methods or [name for name in (*METHODS, *PEERS) if not options.kept or setting.file(name).is_file()]
     results = judged(setting, bank, names)
     if options.methods:
         return 0

@@ -31,9 +31,13 @@ class Setting:
     models: int = 3
     kept: dict[str, Tensor] = field(default_factory=dict)
 
+    def file(self, name: str) -> Path:
+        """Return where a method's scores are kept: a work folder is of one trained model."""
+        return self.work / "scores" / f"{name.replace(' ', '_')}.safetensors"
+
     def scores(self, name: str, make: Callable[[Setting], Tensor]) -> Tensor:
         """Return a method's scores, from disk if they were made before."""
-        file = self.work / "scores" / f"{name.replace(' ', '_').replace('/', '-')}.safetensors"
+        file = self.file(name)
         if not file.is_file():
             start = time.perf_counter()
             values = make(self).float().contiguous()

@@ -383,4 +383,5 @@ def test_what_cannot_be_is_refused(changed, error, text):
     orders = given.pop("orders")
     with pytest.raises(error, match=text):
         counterfactual(orders, procedure, **given)
-    assert len(procedure.calls) <= 2, "before long work starts"
+    late = "the procedure measures" in text  # which only a training can tell
+    assert len(procedure.calls) == (2 if late else 0), "before long work starts"

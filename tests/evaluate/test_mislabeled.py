@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from whence.errors import ConfigError, DataError
-from whence.evaluate.mislabeled import recall_at, recall_curve
+from whence.evaluate.mislabeled import recall_at, recall_curve, roc_area
 
 WRONG = torch.tensor([True, False, True, False])
 
@@ -73,3 +73,9 @@ def test_rankings_that_cannot_be(scores, wrong, message):
 def test_a_share_outside_zero_to_one_is_an_error():
     with pytest.raises(ConfigError, match=r"fraction=10 is no share"):
         recall_at(torch.tensor([1.0]), torch.tensor([True]), 10)
+
+
+def test_the_area_is_the_share_of_pairs_in_the_right_order():
+    wrong = torch.tensor([True, False, True, False])
+    assert roc_area(torch.tensor([3.0, 2.0, 1.0, 0.0]), wrong) == 0.75
+    assert roc_area(torch.ones(4), wrong) == 0.5

@@ -125,6 +125,11 @@ def test_an_interrupted_bank_continues_where_it_stopped(tmp_path):
     assert torch.equal(resumed.measurements, retrain_bank(whole, masks, repeats=2).measurements)
 
 
+def test_no_job_at_a_time_is_an_error():
+    with pytest.raises(ConfigError, match=r"n_jobs=0 trains nothing; give how many trainings run at a time, or -1"):
+        retrain_bank(Counting(), torch.ones(1, 3, dtype=torch.bool), repeats=1, n_jobs=0)
+
+
 def test_a_damaged_job_is_found(tmp_path):
     masks = draw_masks(10, 1)
     retrain_bank(Counting(), masks, repeats=1, folder=tmp_path)

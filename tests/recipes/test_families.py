@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,22 @@ def test_what_glue_refuses(options: dict[str, Any], message: str) -> None:
         Glue().settled(DataSettings(**options))
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_settings_that_were_filled_in_stay_as_they_are(task: str) -> None:
+    once = Glue().settled(DataSettings(task=task))
+    assert Glue().settled(once) == once
+    if task == "stsb":
+        for change in ({"flip": 0.1}, {"measurement": "margin"}):
+            with pytest.raises(ConfigError, match="stsb"):
+                Glue().settled(replace(once, **change))
+
+
+def test_columns_may_be_a_list() -> None:
+    settings = DataSettings(columns=["a", "b"])  # type: ignore[arg-type]
+    assert settings == DataSettings(columns=("a", "b"))
+    assert hash(settings) == hash(DataSettings(columns=("a", "b")))
+
+
 # --------------------------------------------------------------------------------------------- swag
 
 
@@ -302,6 +319,7 @@ def test_text_in_a_column_of_ones_own(tmp_path: Path) -> None:
         ({"flip": 0.1}, r"flip replaces labels, and text has none\. Leave --flip out\."),
         ({"measurement": "margin"}, r"measurement='margin' is for classifiers; choose loss or log_odds\."),
         ({"columns": ("a", "b")}, r"a language model's text is in one column\."),
+        ({"label": "kind"}, r"label='kind' names a column of labels, and text has none\. Leave --label out\."),
         ({"max_length": 1}, r"max_length=1 leaves nothing to predict; give blocks of 2 tokens or more\."),
     ],
 )
@@ -362,7 +380,8 @@ def test_every_setting_is_filled_in(recipe: str) -> None:
         (DataSettings, {"max_train_rows": True}, r"max_train_rows=True cannot be used"),
         (DataSettings, {"max_query_rows": 2.5}, r"max_query_rows=2\.5 cannot be used"),
         (DataSettings, {"flip": 1.0}, r"flip=1\.0 is no share of the labels; give a number from 0 to below 1\."),
-        (DataSettings, {"columns": ("a", "b", "c")}, r"columns=.*: give one or two columns of text\."),
+        (DataSettings, {"columns": ("a", "b", "c")}, r"columns=.*: give one or two columns of text, as a list\."),
+        (DataSettings, {"columns": "ab"}, r"columns='ab': give one or two columns of text, as a list\."),
         (TrainingSettings, {"model": "m", "preset": "tiny"}, r"model='m' and preset='tiny' are two starts; give one\."),
         (TrainingSettings, {"learning_rate": 0}, r"learning_rate=0 cannot be used; give a positive number\."),
         (TrainingSettings, {"num_train_epochs": float("nan")}, r"num_train_epochs=nan cannot be used; give a positive number\."),

@@ -73,6 +73,15 @@ def test_batches_do_not_matter(checkpoint: Checkpoint, monkeypatch: pytest.Monke
         monkeypatch.undo()
 
 
+def test_a_model_is_measured_on_the_fast_device_and_goes_back(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = opened("sst2", checkpoint)
+    home, places = next(recipe.model.parameters()).device, []
+    monkeypatch.setattr(module, "resolve_device", lambda name: torch.device("cpu"))
+    monkeypatch.setattr(recipe.model, "to", lambda place: places.append(place) or recipe.model)
+    quality(recipe)
+    assert places == [torch.device("cpu"), home]
+
+
 def test_tokens_are_those_that_are_predicted(checkpoint: Checkpoint) -> None:
     language = opened("wikitext", checkpoint)
     assert tokens_of(language, language.queries).tolist() == [15.0] * len(language.queries), "the first token of a block is given"

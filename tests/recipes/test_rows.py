@@ -67,6 +67,11 @@ def test_text_that_looks_like_a_date_stays_text(tmp_path: Path) -> None:
     assert read_file(write(tmp_path / "a.jsonl", rows)) == rows
 
 
+def test_line_ends_within_quotes_of_a_large_csv(tmp_path: Path) -> None:
+    rows = [{"text": f"review {number}\n" + "word " * 60 + "\nend", "label": number % 2} for number in range(5000)]
+    assert read_file(write(tmp_path / "a.csv", rows)) == rows, "more than one block of the reader"
+
+
 # ------------------------------------------------------------------------------------------ folders
 
 
@@ -152,11 +157,13 @@ def test_the_hub_is_asked_by_its_names(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert read_split(SOURCE, None, "validation", limit=1) == ROWS[:1]
     assert read_split(SOURCE, "other/data", "train") == ROWS
     assert read_split(SOURCE, "squad", "validation", limit=5) == ROWS
+    assert read_split(SOURCE, "someone/mine", "train") == ROWS
     assert hub.asked == [
         ("someone/mine", "small", "train"),
         ("someone/mine", "small", "validation_matched"),
         ("other/data", None, "train"),
         ("squad", None, "validation_matched"),
+        ("someone/mine", "small", "train"),
     ]
 
 
@@ -217,7 +224,7 @@ def test_a_folder_without_the_split(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"mine has no 'validation' file; expected validation with one of the endings \.parquet, "):
         read_split(SOURCE, str(tmp_path), "validation")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match=r"empty has no 'train' file; expected train "):
+    with pytest.raises(ConfigError, match=r"empty has no 'train' file; expected train .*, here or in a folder mine\.$"):
         read_split(SOURCE, str(tmp_path / "empty"), "train")
 
 

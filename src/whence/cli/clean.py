@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from whence.cli import output
 from whence.cli.opening import Flat, RecipeName, open_recipe
 from whence.cli.options import DataOptions, InverseOptions, RunOptions
-from whence.cli.values import Count, Switch, parse_damping, parse_response
+from whence.cli.values import Count, Share, Switch, parse_damping, parse_response
 
 
 def clean(
@@ -17,8 +17,8 @@ def clean(
     *,
     out: Path,
     drop: Literal["mislabeled", "harmful", "duplicates"] = "mislabeled",
-    fraction: float = 0.05,
-    keep_share: float = 0.5,
+    fraction: Share = 0.05,
+    keep_share: Share = 0.5,
     scores: str | None = None,
     retrain: Switch = False,
     repeats: Count = 3,
@@ -34,7 +34,7 @@ def clean(
     Args:
         out: Where to: NAME.parquet, NAME.jsonl, or a folder for a data set that datasets.load_from_disk reads.
         drop: mislabeled: the highest self-influence. harmful: rows that raise the queries' measurements, summed over queries.
-            duplicates: all exact copies of a row but the first, whatever the fraction.
+            duplicates: all exact copies of a row but the first, whatever --fraction and --keep-share.
         fraction: Share of the rows to drop.
         keep_share: Share of every class that is kept in any case.
         scores: Name of scores or self-influence in the run folder, if they were given one.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -10,10 +12,12 @@ from cyclopts import Parameter
 from whence.cli import output
 from whence.cli.opening import Flat, RecipeName, open_recipe
 from whence.cli.options import DataOptions, InverseOptions, RetrainOptions, RunOptions
-from whence.cli.values import Count, Names, Numbers, Share, Switch, parse_damping
+from whence.cli.values import Count, Names, Numbers, Share, Switch, parse_damping, parse_response
 from whence.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from whence.attributor import Attributor
@@ -46,20 +50,12 @@ def lds(
         masks: How many subsets.
         share: Share of the training rows in each.
     """
-    from whence.evidence.compare import lds_table
+    from whence.evidence.compare import check_lds, lds_table
 
-    attributor, found, orders = _orders(recipe, run, data, scores, baselines)
-    made = lds_table(
-        attributor,
-        found,
-        orders,
-        masks=masks,
-        share=share,
-        repeats=retraining.repeats,
-        seed=run.seed,
-        n_jobs=retraining.jobs,
-        backend=retraining.backend,
-    )
+    again = _again(retraining, run, 5)
+    check = partial(check_lds, masks=masks, share=share)
+    attributor, found, orders = _orders(recipe, run, data, scores, baselines, check)
+    made = lds_table(attributor, found, orders, masks=masks, share=share, **again)
     figures = made.to_json()
     rows = [
         [name, f"{one['lds']:.3f}", _interval(one["interval"]), _difference(one["minus_first"])] for name, one in figures["methods"].items()
@@ -84,7 +80,7 @@ def counterfactual(
     mode: Literal["each", "sum"] = "each",
     queries: Numbers | None = None,
     plot: Plot = None,
-    retraining: Annotated[RetrainOptions, Flat] = RetrainOptions(repeats=3),  # noqa: B008
+    retraining: Annotated[RetrainOptions, Flat] = RetrainOptions(),  # noqa: B008
     data: Annotated[DataOptions, Flat] = DataOptions(),  # noqa: B008
     run: Annotated[RunOptions, Flat] = RunOptions(),  # noqa: B008
 ) -> None:
@@ -95,26 +91,18 @@ def counterfactual(
         mode: each: for every query its own rows. sum: the rows of the scores' sum over the queries, once for all.
         queries: Queries to take, for example 0,3,7. Default: all.
     """
-    from whence.evidence.compare import counterfactual_of
+    from whence.evidence.compare import check_counterfactual, counterfactual_of
+    from whence.report.counterfactual import counterfactual_picture
+    from whence.report.picture_files import check_picture
 
-    attributor, found, orders = _orders(recipe, run, data, scores, baselines)
-    result = counterfactual_of(
-        attributor,
-        found,
-        orders,
-        remove=remove,
-        mode=mode,
-        queries=queries,
-        repeats=retraining.repeats,
-        seed=run.seed,
-        n_jobs=retraining.jobs,
-        backend=retraining.backend,
-    )
-    if plot is not None:
-        from whence.report.counterfactual import counterfactual_picture
-
-        counterfactual_picture(plot, result)
+    check_picture(plot)
+    again = _again(retraining, run, 3)
+    check = partial(check_counterfactual, remove=remove, mode=mode, queries=queries)
+    attributor, found, orders = _orders(recipe, run, data, scores, baselines, check)
+    result = counterfactual_of(attributor, found, orders, remove=remove, mode=mode, queries=queries, **again)
     output.data(output.rendered(result.table()), {"recipe": found.name, **result.to_json()}, as_json=run.json)
+    if plot is not None:
+        counterfactual_picture(plot, result)
     output.stage_table(attributor.stages)
 
 
@@ -128,18 +116,19 @@ def agreement(first: Path, second: Path, /, *, query: Numbers | None = None, plo
         json: Print the data as JSON.
     """
     from whence.evaluate.agreement import agreement as agree
+    from whence.evidence.saved import check_same_rows
+    from whence.report.picture_files import check_picture
+    from whence.report.scatter import scatter_picture
     from whence.scores.matrix import Scores
 
-    one, other = Scores.load(first).values, Scores.load(second).values
+    check_picture(plot)
+    left, right = Scores.load(first), Scores.load(second)
+    one, other = left.values, right.values
     found = agree(one, other)
+    check_same_rows(left, right)
     chosen = query or [0]
     if max(chosen) >= len(one):
         raise ConfigError(f"--query {max(chosen)}: there are {len(one)} queries, numbered from 0 to {len(one) - 1}.")
-    if plot is not None:
-        from whence.report.scatter import scatter_picture
-
-        title = f"{'query' if len(chosen) == 1 else 'queries'} {', '.join(map(str, chosen[:8]))}"
-        scatter_picture(plot, one[chosen].flatten(), other[chosen].flatten(), x_label=str(first), y_label=str(second), title=title)
     figures = found.to_json()
     rows = [[name, f"{figures[key]['mean']:.4f}", _interval(figures[key]["interval"])] for name, key in _MEASURES.items()]
     lines = [
@@ -147,6 +136,9 @@ def agreement(first: Path, second: Path, /, *, query: Numbers | None = None, plo
         *output.table(["mean over queries", "value", "95% interval"], rows),
     ]
     output.data(lines, figures, as_json=json)
+    if plot is not None:
+        title = f"{'query' if len(chosen) == 1 else 'queries'} {', '.join(map(str, chosen[:8]))}"
+        scatter_picture(plot, one[chosen].flatten(), other[chosen].flatten(), x_label=str(first), y_label=str(second), title=title)
 
 
 def mislabeled(
@@ -159,28 +151,27 @@ def mislabeled(
     run: Annotated[RunOptions, Flat] = RunOptions(),  # noqa: B008
 ) -> None:
     """How well self-influence finds labels that were made wrong on purpose (whence train --flip), next to loss and chance."""
+    from whence.evaluate.mislabeled import recall_curve, roc_area
     from whence.evidence.compare import suspicious_orders
+    from whence.report.picture_files import check_picture
+    from whence.report.recall import recall_picture
 
-    damping = parse_damping(inverse.damping)
+    check_picture(plot)
+    options = _inverse(inverse)
     attributor, found = open_recipe(recipe, run, data)
     flipped = _flipped(found)
-    orders = suspicious_orders(attributor, found, strategy=inverse.strategy or "ekfac", damping=damping)
-
-    from whence.evaluate.mislabeled import recall_curve
-
+    orders = suspicious_orders(attributor, found, **options)
     curves = {name: recall_curve(values, flipped) for name, values in orders.items()}
     marks = (0.05, 0.1, 0.2, 0.3)
-    figures = {name: {"auc": _auc(orders[name], flipped), **{f"{m:.0%}": curve.at(m) for m in marks}} for name, curve in curves.items()}
-    if plot is not None:
-        from whence.report.recall import recall_picture
-
-        recall_picture(plot, curves)
+    figures = {name: {"auc": roc_area(orders[name], flipped)} | {f"{m:.0%}": curve.at(m) for m in marks} for name, curve in curves.items()}
     rows = [[name, f"{one['auc']:.3f}", *(f"{one[f'{m:.0%}']:.1%}" for m in marks)] for name, one in figures.items()]
     lines = [
         f"{int(flipped.sum())} of {len(flipped)} labels are wrong; share of them among the rows that are looked at first",
         *output.table(["ranking", "AUC", *(f"first {m:.0%}" for m in marks)], rows),
     ]
     output.data(lines, {"recipe": found.name, "flipped": int(flipped.sum()), "rankings": figures}, as_json=run.json)
+    if plot is not None:
+        recall_picture(plot, curves)
     output.closing(attributor)
 
 
@@ -232,9 +223,9 @@ def duplicates(
     """
     from whence.evidence.compare import duplicates_of
 
-    damping = parse_damping(inverse.damping)
+    options = _inverse(inverse)
     attributor, found = open_recipe(recipe, run, data)
-    results = duplicates_of(attributor, found, count=count, strategy=inverse.strategy or "ekfac", damping=damping, seed=run.seed)
+    results = duplicates_of(attributor, found, count=count, seed=run.seed, **options)
     rows = [
         [name, f"{one.recall(1).value:.1%}", f"{one.recall(10).value:.1%}", f"{one.mean_reciprocal.value:.3f}"]
         for name, one in results.items()
@@ -245,15 +236,35 @@ def duplicates(
 
 
 def _orders(
-    recipe: str, run: RunOptions, data: DataOptions, names: list[str], baselines: list[str] | None
+    recipe: str,
+    run: RunOptions,
+    data: DataOptions,
+    names: list[str],
+    baselines: list[str] | None,
+    check: Callable[[Recipe], None] | None = None,
 ) -> tuple[Attributor, Recipe, dict[str, Tensor]]:
-    """Open a recipe and read the scores to be judged, then make the baselines."""
+    """Open a recipe, check what is asked of it, read the scores to be judged, and only then make the baselines."""
     from whence.evidence.compare import baseline_scores
     from whence.evidence.saved import saved_scores
 
     attributor, found = open_recipe(recipe, run, data)
+    if check is not None:
+        check(found)
     saved = saved_scores(attributor, found, names)
     return attributor, found, saved | baseline_scores(attributor, found, names=baselines, seed=run.seed)
+
+
+def _again(retraining: RetrainOptions, run: RunOptions, repeats: int) -> dict[str, Any]:
+    """Return the options of training again; `repeats` if none are given."""
+    from whence.evaluate.retrain import check_jobs
+
+    check_jobs(retraining.jobs)
+    return {"repeats": retraining.repeats or repeats, "seed": run.seed, "n_jobs": retraining.jobs, "backend": retraining.backend}
+
+
+def _inverse(inverse: InverseOptions) -> dict[str, Any]:
+    damping, response = parse_damping(inverse.damping), parse_response(inverse.response)
+    return {"strategy": inverse.strategy or "ekfac", "damping": damping, "response": response}
 
 
 def _flipped(found: Recipe) -> Tensor:
@@ -271,13 +282,7 @@ def _difference(three: list[float] | None) -> str:
 
 
 def _with_interval(estimate: Estimate) -> list[str]:
-    return [f"{estimate.value:.4g}", _interval([estimate.low, estimate.high])]
-
-
-def _auc(values: Tensor, flipped: Tensor) -> float:
-    from sklearn.metrics import roc_auc_score
-
-    return float(roc_auc_score(flipped.numpy(), values.numpy()))
+    return [f"{estimate.value:.4g}", "" if math.isnan(estimate.low) else _interval([estimate.low, estimate.high])]
 
 
 VERBS: dict[str, Any] = {

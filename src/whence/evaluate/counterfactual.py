@@ -80,11 +80,10 @@ def counterfactual(
         ConfigError: an option cannot be used. DataError: scores are not finite or do not fit, or no query is classified right.
         NumericalError, StorageError: as of `retrain_bank`.
     """
-    train = _check_orders(orders)
+    scored, train = _check_orders(orders)
     counts = check_counts(remove, train)
     base_repeats = repeats if base_repeats is None else base_repeats
     _check_options(mode, repeats, base_repeats, resamples, tokens)
-    scored = len(next(iter(orders.values())))
     asked = sorted(set(check_rows(queries, scored, "queries")))
     tokens = None if tokens is None else _check_tokens(tokens, scored)
     run = partial(retrain_all, procedure, folder=folder, n_jobs=n_jobs, backend=backend, stages=stages)
@@ -181,8 +180,8 @@ def _choose(base: Tensor, asked: list[int], scored: int, mode: str) -> tuple[lis
     return taken, tuple(query for query in asked if not right[query])
 
 
-def _check_orders(orders: Mapping[str, Tensor]) -> int:
-    """Return the number of training rows."""
+def _check_orders(orders: Mapping[str, Tensor]) -> tuple[int, int]:
+    """Return the numbers of queries and of training rows."""
     if RANDOM in orders or not orders:
         raise ConfigError(f"orders are {list(orders)}; give one or more, none of them {RANDOM!r}: the random order is drawn here.")
     shapes = {name: tuple(scores.shape) for name, scores in orders.items()}
@@ -194,7 +193,8 @@ def _check_orders(orders: Mapping[str, Tensor]) -> int:
             raise DataError(
                 f"order {name!r}: the score of query {query} and row {row} is {scores[query, row].item()}. Find out where it comes from."
             )
-    return next(iter(shapes.values()))[1]
+    queries, train = next(iter(shapes.values()))
+    return queries, train
 
 
 def check_counts(remove: Sequence[int], train: int) -> tuple[int, ...]:

@@ -73,3 +73,10 @@ def recall_curve(scores: Tensor, flipped: Tensor) -> RecallCurve:
 def recall_at(scores: Tensor, flipped: Tensor, fraction: float) -> float:
     """Return the share of wrong labels in the first `fraction` of the ranking; see `recall_curve`."""
     return recall_curve(scores, flipped).at(fraction)
+
+
+def roc_area(scores: Tensor, wrong: Tensor) -> float:
+    """Return the probability that a wrong label's row `[train]` has a higher score than a right one's; 0.5 is chance."""
+    from sklearn.metrics import roc_auc_score
+
+    return float(roc_auc_score(wrong.numpy(), scores.numpy()))

@@ -10,11 +10,13 @@ from torch import Tensor
 
 from whence.attributor import Attributor
 from whence.errors import RecipeError
-from whence.evaluate.clean import copy_numbers, decide, duplicate_groups, harmful_scores
+from whence.evaluate.clean import check_shares, copy_numbers, decide, duplicate_groups, harmful_scores
 from whence.evaluate.clean_effect import Effect, retrain_cleaned
 from whence.evaluate.cleaned import Cleaned, check_out, write_cleaned
 from whence.evaluate.decision import Decision
+from whence.evaluate.retrain import check_jobs
 from whence.recipes.base import Recipe
+from whence.storage.run import read_json, write_json_atomic
 
 Drop = Literal["mislabeled", "harmful", "duplicates"]
 
@@ -73,18 +75,21 @@ def clean_recipe(
         attributor: bound to the recipe's model; fitted.
         out, overwrite: as of `whence.evaluate.cleaned.write_cleaned`.
         drop: `"mislabeled"`, `"harmful"` or `"duplicates"`.
-        fraction, keep_share: as of `whence.evaluate.clean.decide`.
+        fraction, keep_share: as of `whence.evaluate.clean.decide`; without effect on duplicates.
         name: of the scores in the run folder.
-        repeats, jobs: as of `whence.evaluate.clean_effect.retrain_cleaned`.
+        repeats, jobs: as of `whence.evaluate.clean_effect.retrain_cleaned`; the seed is the attributor's.
         options: of `Attributor.scores` and `Attributor.self_influence`.
 
     Raises:
-        RecipeError: the recipe has no raw rows, or cannot be trained again.
+        RecipeError: the recipe has no raw rows, or cannot be trained again. ConfigError: an option cannot be used.
     """
     check_out(Path(out), overwrite=overwrite)
     rows = _rows(recipe)
     if repeats and recipe.retraining is None:
         raise RecipeError(f"recipe {recipe.name} cannot be trained again: it has no `retraining`. Leave --retrain out.")
+    if drop != "duplicates":
+        check_shares(len(rows), fraction=fraction, keep_share=keep_share)
+    check_jobs(jobs)
     groups = duplicate_groups(rows)
     classes: Tensor | None = recipe.classes
     if drop == "duplicates":
@@ -95,20 +100,32 @@ def clean_recipe(
     else:
         odd = attributor.self_influence(recipe.train, name=name, overwrite=overwrite, **options)
         decision = decide(odd, fraction=fraction, classes=classes, keep_share=keep_share, groups=groups)
-    effect = None
-    if repeats and decision.dropped:
-        folder = attributor.run.sub("retrains")
-        effect = retrain_cleaned(
-            recipe.retraining, decision, repeats=repeats, margin=_is_margin(recipe), folder=folder, n_jobs=jobs, stages=attributor.stages
-        )
     origin: dict[str, Any] = {"recipe": recipe.name, "drop": drop, "scores": name, **{key: str(value) for key, value in options.items()}}
-    if effect is not None:
-        origin["effect"] = effect.to_json()
     written = write_cleaned(rows, decision, out, origin=origin, overwrite=overwrite)
+    effect = None
+    if repeats and decision.dropped:  # the files are there already, should training again fail
+        effect = _retrained(recipe, attributor, decision, repeats, jobs)
+        record = read_json(written.provenance)
+        record["origin"]["effect"] = effect.to_json()
+        write_json_atomic(written.provenance, record)
     flipped = None
     if recipe.flipped is not None:
         flipped = int(recipe.flipped[list(decision.dropped)].sum()), int(recipe.flipped.sum())
     return CleanResult(decision=decision, written=written, flipped=flipped, effect=effect)
+
+
+def _retrained(recipe: Recipe, attributor: Attributor, decision: Decision, repeats: int, jobs: int) -> Effect:
+    assert recipe.retraining is not None  # checked before anything was scored
+    return retrain_cleaned(
+        recipe.retraining,
+        decision,
+        repeats=repeats,
+        margin=_is_margin(recipe),
+        seed=attributor.seed,
+        folder=attributor.run.sub("retrain"),
+        n_jobs=jobs,
+        stages=attributor.stages,
+    )
 
 
 def _rows(recipe: Recipe) -> list[dict[str, Any]]:

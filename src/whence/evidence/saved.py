@@ -67,7 +67,7 @@ def _checked(folder: Path, recipe: Recipe, now: Mapping[str, str]) -> Scores:
     wrong = [what for key, what in _WHAT.items() if of.get(key, now[key]) != now[key]]
     if wrong:
         raise MismatchError(
-            f"{folder} holds scores of {' and '.join(wrong)} than recipe {recipe.name} has now. Score again with --overwrite, "
-            "or name the run folder of these with --run-dir."
+            f"{folder} holds scores of {' and '.join(wrong)} than recipe {recipe.name} has now. Score anew, or give "
+            "the run folder of this model."
         )
     return scores

@@ -70,7 +70,8 @@ class Glue:
             raise ConfigError(f"--task {task} is none of GLUE's; choose {', '.join(TASKS)}, or give data of your own with --columns.")
         if data.columns is not None and data.label is None:
             data = replace(data, label="label")
-        own = data.columns is not None
+        # A record of training names the task's own columns.
+        own = data.columns not in (None, TASKS[task].columns)
         number = not own and not TASKS[task].classes
         if data.flip and number:
             raise ConfigError("flip replaces classes, and stsb predicts a number. Choose another task.")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from whence.recipes.base import Recipe
+from whence.runtime.device import resolve_device
 from whence.runtime.progress import Stages
 from whence.tasks import CausalLM, MultipleChoice, SequenceClassification
 from whence.tasks.likelihoods import IGNORE
@@ -18,10 +20,18 @@ _BATCH = 32
 
 
 def quality(recipe: Recipe, *, stages: Stages | None = None) -> dict[str, float]:
-    """Return the accuracy of a classifier, the perplexity of a language model, else the mean loss, over the recipe's queries."""
+    """Return the accuracy of a classifier, the perplexity of a language model, else the mean loss, over the recipe's queries.
+
+    A model on the CPU goes to a GPU for it, if there is one, and back.
+    """
     stages = Stages(enabled=False) if stages is None else stages
-    with stages.stage("Evaluate"), stages.track(len(recipe.queries), "Evaluating") as advance, torch.no_grad():
-        parts = []
+    parts = []
+    with (
+        _on_fast_device(recipe.model),
+        stages.stage("Evaluate"),
+        stages.track(len(recipe.queries), "Evaluating") as advance,
+        torch.no_grad(),
+    ):
         for start in range(0, len(recipe.queries), _BATCH):
             rows = [recipe.queries[place] for place in range(start, min(start + _BATCH, len(recipe.queries)))]
             parts.append(_of_batch(recipe, rows))
@@ -31,6 +41,16 @@ def quality(recipe: Recipe, *, stages: Stages | None = None) -> dict[str, float]
     if isinstance(recipe.task, CausalLM):
         return found | {"perplexity": math.exp(min(found["loss"], 700.0))}
     return found | ({} if torch.isnan(right).any() else {"accuracy": float(right.mean())})
+
+
+@contextmanager
+def _on_fast_device(model: nn.Module) -> Iterator[None]:
+    found = next(model.parameters()).device
+    model.to(resolve_device("auto") if found.type == "cpu" else found)
+    try:
+        yield
+    finally:
+        model.to(found)
 
 
 def tokens_of(recipe: Recipe, rows: Sequence[Any]) -> Tensor:

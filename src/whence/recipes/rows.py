@@ -96,7 +96,7 @@ def _json_rows(text: str, path: Path) -> list[Row]:
 
 
 def _csv_rows(stream: Any, path: Path) -> list[Row]:
-    table = pa.csv.read_csv(stream)
+    table = pa.csv.read_csv(stream, parse_options=pa.csv.ParseOptions(newlines_in_values=True))
     for field in table.schema:
         if pa.types.is_binary(field.type):
             raise DataError(f"{path}: the column {field.name!r} is not in UTF-8. Save the file again in UTF-8.")
@@ -138,13 +138,14 @@ def _from_folder(folder: Path, source: Source, split: str) -> list[Row]:
         return list(splits[found])
     path = next((path for name in names if (path := _file(folder, name)) is not None), None)
     if path is None:
-        raise ConfigError(f"{folder} has no {split!r} file; expected {split} with one of the endings {', '.join(_SUFFIXES)}.")
+        within = "" if folder.name == source.folder else f", here or in a folder {source.folder}"
+        raise ConfigError(f"{folder} has no {split!r} file; expected {split} with one of the endings {', '.join(_SUFFIXES)}{within}.")
     return read_file(path)
 
 
 def _from_hub(source: Source, data: str | None, split: str, limit: int | None) -> list[Row]:
     datasets = need("datasets")
-    name, config = (source.hub, source.config) if data is None else (data, None)
+    name, config = (source.hub, source.config) if data in (None, source.hub) else (data, None)
     wanted = "train" if split == "train" else source.validation
     try:
         loaded = datasets.load_dataset(name, config, split=wanted)

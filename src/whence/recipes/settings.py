@@ -54,8 +54,12 @@ class DataSettings:
                 raise ConfigError(f"{name}={value!r} cannot be used; give a whole number of 1 or more.")
         if self.flip is not None and not 0 <= self.flip < 1:
             raise ConfigError(f"flip={self.flip!r} is no share of the labels; give a number from 0 to below 1.")
-        if self.columns is not None and not 1 <= len(self.columns) <= 2:
-            raise ConfigError(f"columns={self.columns!r}: give one or two columns of text.")
+        if self.columns is None:
+            return
+        columns: Any = self.columns
+        if isinstance(columns, str) or not 1 <= len(columns) <= 2:
+            raise ConfigError(f"columns={columns!r}: give one or two columns of text, as a list.")
+        object.__setattr__(self, "columns", tuple(columns))  # lists too, from JSON or by hand
 
     def over(self, other: Self) -> Self:
         """Return these settings, with those of `other` where these are None."""

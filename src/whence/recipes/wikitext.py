@@ -43,6 +43,8 @@ class WikiText:
         """Fill in what is not said: the column text, blocks of 512, the loss."""
         if data.flip:
             raise ConfigError("flip replaces labels, and text has none. Leave --flip out.")
+        if data.label is not None:
+            raise ConfigError(f"label={data.label!r} names a column of labels, and text has none. Leave --label out.")
         if data.measurement == "margin":
             raise ConfigError("measurement='margin' is for classifiers; choose loss or log_odds.")
         if data.columns is not None and len(data.columns) != 1:
