@@ -15,7 +15,7 @@ say() { echo "== whence $*" | tee -a log.txt; whence "$@" 2>&1 | tee -a log.txt;
 
 # GLUE & BERT: train, analyse with every strategy, half precision
 say train glue --task sst2 --preset small --checkpoint-dir sst2 --train-batch-size 32 --eval-batch-size 32 --weight-decay 0.01 \
-    --num-train-epochs 3 --seed 1004 --max-train-rows 800 --max-query-rows 100 --max-length 40
+    --num-train-epochs 3 --seed 1004 --max-train-rows 400 --max-query-rows 100 --max-length 32
 GLUE=(glue --checkpoint-dir sst2 --run-dir runs/sst2)
 for strategy in diagonal kfac ekfac; do
     say fit "${GLUE[@]}" --strategy $strategy --batch-size 128
@@ -31,7 +31,7 @@ say self "${GLUE[@]}" --k 3
 
 # SWAG & RoBERTa: half precision and low rank
 say train swag --task hellaswag --preset small --checkpoint-dir swag --train-batch-size 16 --eval-batch-size 32 --weight-decay 0.001 \
-    --num-train-epochs 3 --seed 1004 --max-train-rows 200 --max-query-rows 50 --max-length 40
+    --num-train-epochs 3 --seed 1004 --max-train-rows 100 --max-query-rows 30 --max-length 32
 SWAG=(swag --checkpoint-dir swag --run-dir runs/swag)
 say fit "${SWAG[@]}" --strategy ekfac --precision bfloat16
 say score "${SWAG[@]}" --strategy ekfac --precision bfloat16 --query-rank 32 --query-batch-size 100 --batch-size 128
@@ -39,7 +39,7 @@ say top "${SWAG[@]}" --strategy ekfac --query 0 --k 1
 
 # WikiText & GPT-2: the seed's layers, half precision, torch.compile, per token
 say train wikitext --preset small --checkpoint-dir wikitext --train-batch-size 8 --eval-batch-size 16 --weight-decay 0.01 \
-    --num-train-epochs 1 --seed 1004 --max-train-rows 400 --max-query-rows 30 --max-length 64
+    --num-train-epochs 1 --seed 1004 --max-train-rows 200 --max-query-rows 30 --max-length 64
 TEXT=(wikitext --checkpoint-dir wikitext)
 say fit "${TEXT[@]}" --run-dir runs/wikitext --layers seed --strategy ekfac
 for strategy in identity ekfac; do
@@ -56,7 +56,7 @@ say evaluate tail-patch "${TEXT[@]}" --run-dir runs/wikitext --layers seed --sco
 
 if [ -n "$ENCODER" ]; then # the same on a pretrained encoder
     say train glue --task rte --model "$ENCODER" --checkpoint-dir rte --learning-rate 2e-5 --weight-decay 0.01 --num-train-epochs 1 --seed 0 \
-        --train-batch-size 32 --max-train-rows 200 --max-query-rows 40 --max-length 64
+        --train-batch-size 32 --max-train-rows 100 --max-query-rows 40 --max-length 64
     RTE=(glue --checkpoint-dir rte --run-dir runs/rte)
     say fit "${RTE[@]}" --strategy ekfac
     say score "${RTE[@]}" --strategy ekfac --query-batch-size 70 --batch-size 128
