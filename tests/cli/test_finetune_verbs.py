@@ -166,6 +166,14 @@ def test_by_default_scores_are_the_mean_over_the_snapshots(run: Any, here: Path,
     assert "normalize" in plain, "the same folder with another normalisation"
 
 
+def test_a_language_model_by_conjugate_gradients_with_drawn_labels(run: Any, here: Path, place: Place) -> None:
+    options = [*place.options("wikitext"), "--solver", "cg"]
+    made = done(run, "score", *options, "--draws", 1, "--query-rows", "0,1", "--json").data
+    assert Path(made["scores"]).name == "ekfac-cg"
+    assert whence.Scores.load(here / made["scores"]).settings["cg"]["draws"] == 1
+    assert "--draws 1 is for --solver cg" in refused(run, "score", *place.options("wikitext"), "--draws", 1)
+
+
 def test_a_run_needs_snapshots(run: Any, place: Place) -> None:
     assert "--over-run: recipe digits has no snapshots of its training" in refused(run, "score", "digits", "--over-run")
 

@@ -13,6 +13,7 @@ from whence.errors import ConfigError, MismatchError
 
 if TYPE_CHECKING:
     from whence.attributor import Attributor
+    from whence.curvature.refine import SolverLike
     from whence.recipes.base import Recipe
     from whence.scores.matrix import Scores
 
@@ -64,7 +65,8 @@ def score(
 
     damping, response = parse_damping(inverse.damping), parse_response(inverse.response)
     attributor, found = open_recipe(recipe, run, data)
-    asked = {name: value for name, value in vars(scoring).items() if name not in ("over_run", "name")}
+    asked = {name: value for name, value in vars(scoring).items() if name not in ("over_run", "name", "draws")}
+    asked["solver"] = _solver(scoring)
     by_default = found.over_run and _nothing_asked(inverse, scoring)
     over_run = scoring.over_run or by_default
     strategy = inverse.strategy or ("identity" if over_run else "ekfac")
@@ -89,6 +91,16 @@ def score(
         values | {"queries": queries, "train": train, "scores": str(folder), "table": None if scores.sums_rows else str(table)},
         run,
     )
+
+
+def _solver(scoring: ScoreOptions) -> SolverLike:
+    if scoring.draws is None:
+        return scoring.solver
+    if scoring.solver != "cg":
+        raise ConfigError(f"--draws {scoring.draws} is for --solver cg; give both, or leave --draws out.")
+    from whence.curvature.refine import ConjugateGradients
+
+    return ConjugateGradients(draws=scoring.draws)
 
 
 def _nothing_asked(inverse: InverseOptions, scoring: ScoreOptions) -> bool:

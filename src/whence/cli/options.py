@@ -176,6 +176,9 @@ class ScoreOptions:
     solver: Literal["direct", "cg", "exact"] = "direct"
     """direct: the fitted curvature's inverse; cg: conjugate gradients from there; exact: the Gauss-Newton matrix itself."""
 
+    draws: Count | None = None
+    """With --solver cg: labels drawn per training row instead of all outputs, which language models have too many of."""
+
     query_rank: Count | None = None
     """Keep each query's preconditioned gradients at this rank: less memory."""
 
