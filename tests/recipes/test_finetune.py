@@ -62,9 +62,9 @@ def procedure_of(recipe: Recipe) -> Retraining:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_folder_opens_again(checkpoint: Checkpoint, name: str) -> None:
-    recipe = opened(name, checkpoint(name))
-    task = finetuned.SETTINGS[name][1].get("task", {"swag": "swag", "wikitext": "wikitext-2-v1"}.get(name))
-    assert recipe.name == f"{finetuned.SETTINGS[name][0]}-{task}"
+    folder = checkpoint(name)
+    recipe = opened(name, folder)
+    assert recipe.name == f"{finetuned.SETTINGS[name][0]}-{folder.name}", "runs of two checkpoints must not share a folder"
     assert not recipe.model.training
     assert torch.isfinite(measured(recipe)).all()
     assert recipe.raw is not None
@@ -245,9 +245,9 @@ def test_settings_are_kept_and_may_be_replaced(checkpoint: Checkpoint) -> None:
     assert loss.task.measure == "loss"  # type: ignore[attr-defined]
     assert procedure_of(loss).key != procedure_of(usual).key
     assert loss.train == usual.train
-    few = opened("sst2", folder, max_train_rows=10, flip=0.0)
-    assert len(few.train) == 10
-    assert few.flipped is None
+    assert len(opened("sst2", folder, max_train_rows=10).train) == 10
+    with pytest.raises(ConfigError, match=r"flip=0.0: .* was trained with flip=0.25"):
+        opened("sst2", folder, flip=0.0)
     shorter = opened("sst2", folder, max_length=6)
     assert max(len(row["input_ids"]) for row in shorter.train) == 6
 
