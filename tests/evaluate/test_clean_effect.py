@@ -78,6 +78,12 @@ def test_the_table_for_people_and_the_figures():
     assert plain.to_json()[CLEANED]["accuracy"] is None
 
 
+def test_one_query_has_no_interval():
+    found = Effect(measurements={kind: torch.full((2, 1), value) for kind, value in ((ALL, 1.0), (CLEANED, 0.5))})
+    assert found.to_json()[CLEANED]["measurement"] == {"mean": 0.5, "change": -0.5, "low": None, "high": None}
+    assert found.lines()[-1] == "  cleaned                  0.5000  -0.5000"
+
+
 def test_finished_trainings_are_not_repeated(tmp_path):
     first = effect(repeats=2, folder=tmp_path)
     again = effect(repeats=2, folder=tmp_path)

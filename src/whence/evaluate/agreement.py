@@ -11,6 +11,7 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from whence.errors import ConfigError, DataError
+from whence.evaluate.estimates import check_resamples, mean_estimate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +69,7 @@ def agreement(first: Tensor, second: Tensor, *, k: int = 10, resamples: int = 10
     """
     if k < 1:
         raise ConfigError(f"k={k!r} rows cannot overlap; give 1 or more.")
-    if resamples < 2:
-        raise ConfigError(f"resamples={resamples!r} gives no interval; use 2 or more, 1000 for two sure digits.")
+    check_resamples(resamples)
     left, right = _checked(first, second)
     k = min(k, left.shape[1])
     varies = ((left != left[:, :1]).any(1) & (right != right[:, :1]).any(1)).nonzero().flatten().tolist()
@@ -78,18 +78,17 @@ def agreement(first: Tensor, second: Tensor, *, k: int = 10, resamples: int = 10
     found = torch.full((3, len(left)), torch.nan, dtype=torch.float64)
     for query in varies:  # one at a time: copies in float64 of whole matrices may not fit
         found[:, query] = torch.stack(_compared(left[query].double(), right[query].double(), k))
-    kept = found[:, varies]
-    means, intervals = kept.mean(1).tolist(), _intervals(kept, resamples, seed)
+    spearman, pearson, overlap = (mean_estimate(row, resamples=resamples, seed=seed) for row in found[:, varies])
     return Agreement(
         spearman=found[0],
         pearson=found[1],
         overlap=found[2],
-        mean_spearman=means[0],
-        mean_pearson=means[1],
-        mean_overlap=means[2],
-        spearman_interval=intervals[0],
-        pearson_interval=intervals[1],
-        overlap_interval=intervals[2],
+        mean_spearman=spearman.value,
+        mean_pearson=pearson.value,
+        mean_overlap=overlap.value,
+        spearman_interval=(spearman.low, spearman.high),
+        pearson_interval=(pearson.low, pearson.high),
+        overlap_interval=(overlap.low, overlap.high),
         k=k,
         left_out=len(left) - len(varies),
     )
@@ -125,14 +124,3 @@ def _in_first(values: Tensor, k: int) -> Tensor:
     last = values.topk(k, dim=1).values[:, -1:]
     above, tied = (values > last).double(), (values == last).double()
     return above + tied * (k - above.sum(1, keepdim=True)) / tied.sum(1, keepdim=True)
-
-
-def _intervals(values: Tensor, resamples: int, seed: int) -> list[tuple[float, float]]:
-    """Return the bootstrap interval of the mean over queries of each row of `[measure, query]`, with the same draws for all."""
-    count = values.shape[1]
-    if count < 2:
-        return [(math.nan, math.nan)] * len(values)
-    drawn = torch.randint(count, (resamples, count), generator=torch.Generator().manual_seed(seed))
-    ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
-    low, high = torch.stack([torch.quantile(row[drawn].mean(1), ends) for row in values]).T.tolist()
-    return list(zip(low, high, strict=True))

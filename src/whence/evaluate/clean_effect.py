@@ -6,6 +6,7 @@ all rows without as many random ones, from the same classes, drawn anew for ever
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from whence.errors import ConfigError
 from whence.evaluate.decision import Decision
+from whence.evaluate.estimates import mean_estimate
 from whence.evaluate.retrain import Procedure, RetrainSpec, repeat_seed, retrain_all
 from whence.runtime.progress import Stages
 
@@ -29,13 +31,17 @@ class Change:
     Attributes:
         mean: mean over queries and repeats with this training set.
         change: less that with all rows.
-        low, high: 95% bootstrap interval of the change over queries, the trained models taken as they are.
+        low, high: 95% bootstrap interval of the change over queries, the trained models taken as they are; NaN with one query.
     """
 
     mean: float
     change: float
     low: float
     high: float
+
+    def to_json(self) -> dict[str, float | None]:
+        """Return the figures as JSON values, null for the ends of an interval that is not there."""
+        return {name: None if math.isnan(value) else value for name, value in vars(self).items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,12 +71,8 @@ class Effect:
 
     def _change(self, per_query: Mapping[str, Tensor], kind: str) -> Change:
         values = per_query[kind]
-        difference = values - per_query[ALL]
-        generator = torch.Generator().manual_seed(self.seed)
-        draws = (torch.randint(len(values), (len(values),), generator=generator) for _ in range(self.resamples))
-        samples = torch.stack([difference[draw].mean() for draw in draws])
-        low, high = torch.quantile(samples, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-        return Change(mean=float(values.mean()), change=float(difference.mean()), low=low, high=high)
+        change = mean_estimate(values - per_query[ALL], resamples=self.resamples, seed=self.seed)
+        return Change(mean=float(values.mean()), change=change.value, low=change.low, high=change.high)
 
     def lines(self) -> list[str]:
         """Return the table for people."""
@@ -81,14 +83,18 @@ class Effect:
             found = {kind: change for kind in self.measurements if (change := figure(kind)) is not None}
             lines += [f"{name} ({better})"] if found else []
             for kind, one in found.items():
-                told = "" if kind == ALL else f"  {one.change:+{digits}} [{one.low:+{digits}}, {one.high:+{digits}}]"
+                interval = "" if math.isnan(one.low) else f" [{one.low:+{digits}}, {one.high:+{digits}}]"
+                told = "" if kind == ALL else f"  {one.change:+{digits}}{interval}"
                 lines.append(f"  {kind:<20} {one.mean:>10{digits}}{told}")
         return lines
 
     def to_json(self) -> dict[str, Any]:
         """Return the figures as JSON values."""
         return {
-            kind: {"measurement": vars(self.measurement(kind)), "accuracy": None if (one := self.accuracy(kind)) is None else vars(one)}
+            kind: {
+                "measurement": self.measurement(kind).to_json(),
+                "accuracy": None if (one := self.accuracy(kind)) is None else one.to_json(),
+            }
             for kind in self.measurements
         }
 

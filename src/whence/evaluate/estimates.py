@@ -53,11 +53,15 @@ def bootstrap_weights(count: int, *, resamples: int, seed: int) -> Tensor:
     return weights.scatter_add_(1, drawn, torch.full(drawn.shape, 1 / count, dtype=torch.float64))
 
 
-def interval_of(value: float, samples: Tensor, *, queries: int) -> Estimate:
-    """Return a number with the middle 95% of its bootstrap samples `[resample]` as interval."""
-    if queries < 2:
-        return Estimate(value=value, low=math.nan, high=math.nan)
+def middle(samples: Tensor) -> tuple[float, float]:
+    """Return the low and the high end of the middle 95% of bootstrap samples, float64 `[resample]`."""
     low, high = torch.quantile(samples, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high
+
+
+def interval_of(value: float, samples: Tensor, *, queries: int) -> Estimate:
+    """Return a number with the middle of its bootstrap samples, float64 `[resample]`, as interval."""
+    low, high = middle(samples) if queries > 1 else (math.nan, math.nan)
     return Estimate(value=value, low=low, high=high)
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from whence.errors import ConfigError, DataError
+from whence.evaluate.estimates import check_resamples, middle
 from whence.evaluate.retrain import RetrainBank
 from whence.evaluate.statistics import bootstrap_means, dense_ranks, rank_correlations, reliability
 
@@ -56,7 +57,7 @@ class Lds:
         """
         if self.samples.shape != other.samples.shape or self.per_query.shape != other.per_query.shape:
             raise ConfigError("two scores can be subtracted if they are of the same bank with the same `resamples` and `seed`.")
-        return self.mean - other.mean, *_interval(self.samples - other.samples)
+        return self.mean - other.mean, *middle(self.samples - other.samples)
 
 
 def predictions(values: Tensor, masks: Tensor) -> Tensor:
@@ -94,8 +95,7 @@ def lds(values: Tensor, bank: RetrainBank, *, resamples: int = 1000, seed: int =
         DataError: sizes do not fit, a score is not finite, there are fewer than 3 subsets, or no query varies.
         ConfigError: there are fewer than 2 samples.
     """
-    if resamples < 2:
-        raise ConfigError(f"resamples={resamples!r} gives no interval; use 2 or more, 1000 for two sure digits.")
+    check_resamples(resamples)
     predicted, measured = _ranks(values, bank)
     varies = measured.max(1).values > 0
     if len(bank.masks) < 3 or not varies.any():
@@ -103,7 +103,7 @@ def lds(values: Tensor, bank: RetrainBank, *, resamples: int = 1000, seed: int =
     per_query = rank_correlations(predicted, measured)
     samples = bootstrap_means(predicted[varies], measured[varies], resamples=resamples, seed=seed)
     trust = reliability(bank.measurements)[varies]
-    low, high = _interval(samples)
+    low, high = middle(samples)
     return Lds(
         mean=float(per_query[varies].mean()),
         low=low,
@@ -191,8 +191,3 @@ def _ranks(values: Tensor, bank: RetrainBank) -> tuple[Tensor, Tensor]:
     if len(values) != bank.measurements.shape[2]:
         raise DataError(f"scores are of {len(values)} queries, measurements of {bank.measurements.shape[2]}; they must be the same ones.")
     return dense_ranks(predictions(values, bank.masks)), dense_ranks(bank.mean.T)
-
-
-def _interval(samples: Tensor) -> tuple[float, float]:
-    low, high = torch.quantile(samples, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return low, high
