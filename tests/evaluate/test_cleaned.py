@@ -159,7 +159,7 @@ def test_rows_that_cannot_be_written_leave_nothing(tmp_path, name, rows, message
 
 def test_a_folder_without_datasets_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ConfigError, match=r'pip install "whence\[hf\]", or write \.parquet'):
+    with pytest.raises(ConfigError, match=r'a data set folder, unlike NAME\.parquet, needs datasets, .*pip install "whence\[hf\]"'):
         write_cleaned(ROWS, DECISION, tmp_path / "data")
     assert not list(tmp_path.iterdir())
 

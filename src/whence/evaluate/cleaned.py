@@ -17,7 +17,6 @@ import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +25,7 @@ import pyarrow as pa
 from whence.errors import ConfigError, DataError
 from whence.evaluate.clean import ID_COLUMNS
 from whence.evaluate.decision import Decision
+from whence.runtime.packages import need
 from whence.storage.run import (
     explain_write_errors,
     fingerprint_rows,
@@ -186,12 +186,7 @@ def _write_lines(path: Path, table: pa.Table, rows: Sequence[dict[str, Any]]) ->
 
 
 def _write_folder(path: Path, table: pa.Table, rows: Sequence[dict[str, Any]]) -> None:
-    try:
-        datasets = import_module("datasets")
-    except ImportError as error:
-        raise ConfigError(
-            'a data set folder needs datasets, which is not installed. Install it with: pip install "whence[hf]", or write .parquet.'
-        ) from error
+    datasets: Any = need("datasets", "a data set folder, unlike NAME.parquet, needs", "hf")
     shown = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:

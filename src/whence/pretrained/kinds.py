@@ -10,6 +10,7 @@ from typing import Any
 
 from whence.errors import ConfigError
 from whence.pretrained.collator import LabelShape
+from whence.runtime import packages
 from whence.tasks import CausalLM, MultipleChoice, Seq2SeqLM, SequenceClassification, TokenClassification
 from whence.tasks.hugging_face import HuggingFaceTask
 
@@ -104,13 +105,7 @@ def need(name: str) -> Any:
     Raises:
         ConfigError: it is not installed.
     """
-    try:
-        return import_module(name)
-    except ImportError as error:
-        missing = getattr(error, "name", None) or name
-        raise ConfigError(
-            f'Hugging Face models need {missing}, which is not installed. Install it with: pip install "whence[hf]"'
-        ) from error
+    return packages.need(name, "Hugging Face models need", "hf")
 
 
 @contextmanager

@@ -10,12 +10,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
 
 from whence.errors import ConfigError
+from whence.runtime.packages import need
 from whence.storage.run import write_bytes_atomic
 
 
@@ -176,11 +176,7 @@ def require_extra(name: str) -> ModuleType:
     Raises:
         ConfigError: it is not installed.
     """
-    try:
-        return import_module(name)
-    except ModuleNotFoundError as error:
-        missing = (error.name or name).partition(".")[0]
-        raise ConfigError(f'a report needs {missing}, which is not installed. Install it with: pip install "whence[report]"') from error
+    return need(name, "a report needs", "report")
 
 
 def render(page: Page) -> str:
