@@ -11,7 +11,7 @@ from torch import Tensor
 
 from whence.errors import ConfigError
 from whence.evaluate.clean import decide
-from whence.evaluate.clean_effect import ALL, CLEANED, RANDOM, Effect, retrain_cleaned
+from whence.evaluate.clean_effect import ALL, CLEANED, RANDOM, CleaningEffect, retrain_cleaned
 
 BAD = {3, 4}
 
@@ -27,7 +27,7 @@ class CountsBadRows:
         return torch.arange(4) - 2.5 + len(BAD & set(rows)) + 1e-3 * noise
 
 
-def effect(**options) -> Effect:
+def effect(**options) -> CleaningEffect:
     decision = decide(torch.tensor([0.0, 1.0, 2.0, 9.0, 8.0, 3.0, 1.0, 0.0]), count=2)
     return retrain_cleaned(CountsBadRows(), decision, **options)
 
@@ -72,14 +72,14 @@ def test_the_table_for_people_and_the_figures():
     assert [line.split("  ")[1] for line in lines[2:5]] == [ALL, CLEANED, RANDOM]
     assert "accuracy (higher is better)" in lines
     assert found.to_json()[CLEANED]["accuracy"]["mean"] == 0.75
-    plain = Effect(measurements=found.measurements)
+    plain = CleaningEffect(measurements=found.measurements)
     assert plain.accuracy(CLEANED) is None
     assert not any("accuracy" in line for line in plain.lines())
     assert plain.to_json()[CLEANED]["accuracy"] is None
 
 
 def test_one_query_has_no_interval():
-    found = Effect(measurements={kind: torch.full((2, 1), value) for kind, value in ((ALL, 1.0), (CLEANED, 0.5))})
+    found = CleaningEffect(measurements={kind: torch.full((2, 1), value) for kind, value in ((ALL, 1.0), (CLEANED, 0.5))})
     assert found.to_json()[CLEANED]["measurement"] == {"mean": 0.5, "change": -0.5, "low": None, "high": None}
     assert found.lines()[-1] == "  cleaned                  0.5000  -0.5000"
 

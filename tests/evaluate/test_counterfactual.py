@@ -13,7 +13,7 @@ from torch import Tensor
 
 from whence.errors import ConfigError, DataError
 from whence.evaluate.counterfactual import RANDOM, counterfactual
-from whence.evaluate.removal import BASE, Effect
+from whence.evaluate.removal import BASE, RemovalEffect
 from whence.evaluate.retrain import repeat_seed
 
 TRAIN = 12
@@ -336,7 +336,7 @@ def test_the_result_as_json_and_as_a_table():
     ]
     assert plain["effects"][0]["rise"] == {"value": 0, "interval": [0, 0]}
     assert plain["settings"] == {"key": procedure.key, "seed": 2, "train": TRAIN}
-    assert isinstance(result.effects[0], Effect)
+    assert isinstance(result.effects[0], RemovalEffect)
     text = printed(result)
     assert "4 queries, repeats: 1" in text
     assert "11 (mean " in text

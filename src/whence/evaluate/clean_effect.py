@@ -45,7 +45,7 @@ class Change:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Effect:
+class CleaningEffect:
     """What the queries' measurements are after training on all rows, on the rows that stay, and without random rows.
 
     Attributes:
@@ -110,14 +110,14 @@ def retrain_cleaned(
     n_jobs: int = 1,
     backend: str = "loky",
     stages: Stages | None = None,
-) -> Effect:
+) -> CleaningEffect:
     """Train on all rows, on the rows that stay, and without as many random rows; measure the queries after each.
 
     Args:
         procedure: trains and measures; its training rows are those of the decision.
         decision: which rows go.
         repeats: trainings of each kind, with the same seeds for all kinds.
-        margin: as of `Effect`.
+        margin: as of `CleaningEffect`.
         seed: of the trainings, the random rows and the bootstrap.
         folder, n_jobs, backend, stages: as of `whence.evaluate.retrain.retrain_all`.
 
@@ -134,7 +134,7 @@ def retrain_cleaned(
         specs += [RetrainSpec(key=procedure.key, rows=rows, seed=training_seed) for rows in kinds]
     results = retrain_all(procedure, specs, folder=folder, n_jobs=n_jobs, backend=backend, stages=stages)
     kinds_found = {kind: torch.stack(results[place::3]) for place, kind in enumerate((ALL, CLEANED, RANDOM))}
-    return Effect(measurements=kinds_found, margin=margin, seed=seed)
+    return CleaningEffect(measurements=kinds_found, margin=margin, seed=seed)
 
 
 def _without_random_rows(decision: Decision, seed: int) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ BASE = "nothing removed"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Effect:
+class RemovalEffect:
     """What removing rows in one order did.
 
     Attributes:
@@ -80,11 +80,11 @@ class Counterfactual:
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def effects(self) -> list[Effect]:
+    def effects(self) -> list[RemovalEffect]:
         """The base first, then every method with every number of rows."""
         return [self.effect(BASE, 0), *(self.effect(method, count) for method in self.methods for count in self.removed)]
 
-    def effect(self, method: str, removed: int) -> Effect:
+    def effect(self, method: str, removed: int) -> RemovalEffect:
         """Return what removing so many rows in this order did; 0 rows is the base, whatever the method.
 
         Raises:
@@ -94,7 +94,7 @@ class Counterfactual:
         flipped = int(((after > 0).double().mean(0) > 0.5).sum())
         # Of the base every row could have been removed.
         helpful = torch.zeros(1) if removed == 0 else self.helpful[self.methods.index(method)]
-        return Effect(
+        return RemovalEffect(
             method=BASE if removed == 0 else method,
             removed=removed,
             mean_removed=float(helpful.clamp(max=removed).double().mean()),

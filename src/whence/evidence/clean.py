@@ -11,7 +11,7 @@ from torch import Tensor
 from whence.attributor import Attributor
 from whence.errors import RecipeError
 from whence.evaluate.clean import check_shares, copy_numbers, decide, duplicate_groups, harmful_scores
-from whence.evaluate.clean_effect import Effect, retrain_cleaned
+from whence.evaluate.clean_effect import CleaningEffect, retrain_cleaned
 from whence.evaluate.cleaned import Cleaned, check_out, write_cleaned
 from whence.evaluate.decision import Decision
 from whence.evaluate.retrain import check_jobs
@@ -35,7 +35,7 @@ class CleanResult:
     decision: Decision
     written: Cleaned
     flipped: tuple[int, int] | None
-    effect: Effect | None
+    effect: CleaningEffect | None
 
     def lines(self) -> list[str]:
         """Return the summary for people."""
@@ -114,7 +114,7 @@ def clean_recipe(
     return CleanResult(decision=decision, written=written, flipped=flipped, effect=effect)
 
 
-def _retrained(recipe: Recipe, attributor: Attributor, decision: Decision, repeats: int, jobs: int) -> Effect:
+def _retrained(recipe: Recipe, attributor: Attributor, decision: Decision, repeats: int, jobs: int) -> CleaningEffect:
     assert recipe.retraining is not None  # checked before anything was scored
     return retrain_cleaned(
         recipe.retraining,
