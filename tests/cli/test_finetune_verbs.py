@@ -397,6 +397,10 @@ USAGE = {
     "no scores": (["evaluate", "lds", "glue"], ["--scores"]),
     "unknown evidence": (["evaluate", "lsd", "glue"], ["lsd"]),
     "no out": (["clean", "glue"], ["--out"]),
+    "nothing to repeat": (
+        ["clean", "glue", "--out", "a.parquet", "--repeats", "2"],
+        ["--repeats, --jobs and --backend are for --retrain."],
+    ),
     "form of out": (["clean", "glue", "--out", "rows.xlsx"], ["rows.xlsx", "NAME.parquet, NAME.jsonl"]),
 }
 

@@ -226,7 +226,7 @@ def test_shares_that_cannot_be_are_refused_before_anything_is_scored(tmp_path: P
         ({"fraction": 2.0}, r"fraction=2\.0 is no share"),
         ({"fraction": 0.01}, "less than one row"),
         ({"keep_share": 3.0}, r"keep_share=3\.0 is no share of a class"),
-        ({"fraction": 0.5, "jobs": 0, "repeats": 1}, "n_jobs=0 trains nothing"),
+        ({"fraction": 0.5, "n_jobs": 0, "repeats": 1}, "n_jobs=0 trains nothing"),
     ):
         with pytest.raises(ConfigError, match=text):
             clean_recipe(recipe, attributor, out=tmp_path / "a.jsonl", strategy="identity", **{"fraction": 0.5, **options})  # type: ignore[arg-type]

@@ -7,8 +7,9 @@ from typing import Annotated, Literal
 
 from whence.cli import output
 from whence.cli.opening import Flat, RecipeName, open_recipe
-from whence.cli.options import DataOptions, InverseOptions, RunOptions
-from whence.cli.values import Count, Share, Switch, parse_damping, parse_response
+from whence.cli.options import DataOptions, InverseOptions, RetrainOptions, RunOptions
+from whence.cli.values import Share, Switch, parse_damping, parse_response
+from whence.errors import ConfigError
 
 
 def clean(
@@ -21,9 +22,8 @@ def clean(
     keep_share: Share = 0.5,
     scores: str | None = None,
     retrain: Switch = False,
-    repeats: Count = 3,
-    jobs: Count = 1,
-    inverse: Annotated[InverseOptions, Flat] = InverseOptions(),  # noqa: B008  (read only; the parser makes a new one per call)
+    retraining: Annotated[RetrainOptions, Flat] = RetrainOptions(),  # noqa: B008  (read only; the parser makes a new one per call)
+    inverse: Annotated[InverseOptions, Flat] = InverseOptions(),  # noqa: B008
     data: Annotated[DataOptions, Flat] = DataOptions(),  # noqa: B008
     run: Annotated[RunOptions, Flat] = RunOptions(),  # noqa: B008
 ) -> None:
@@ -39,9 +39,10 @@ def clean(
         keep_share: Share of every class that is kept in any case.
         scores: Name of scores or self-influence in the run folder, if they were given one.
         retrain: Train again on what is left, and say what it bought against all rows and against random rows dropped.
-        repeats: Trainings of each kind.
-        jobs: Trainings at a time.
     """
+    if not retrain and retraining != RetrainOptions():
+        raise ConfigError("--repeats, --jobs and --backend are for --retrain. Give it too, or leave them out.")
+    again = retraining.given(repeats=3) if retrain else {}
     damping, response = parse_damping(inverse.damping), parse_response(inverse.response)
 
     from whence.evaluate.cleaned import check_out
@@ -60,10 +61,9 @@ def clean(
         damping=damping,
         response=response,
         name=scores,
-        repeats=repeats if retrain else 0,
-        jobs=jobs,
         batch_size=run.batch_size,
         overwrite=run.overwrite,
+        **again,
     )
     output.data(result.lines(), {"recipe": found.name, "drop": drop, **result.to_json()}, as_json=run.json)
     output.message(f"rows that stay: {result.written.path}; those that went: {result.written.dropped}; how: {result.written.provenance}")

@@ -52,10 +52,10 @@ def lds(
     """
     from whence.evidence.compare import check_lds, lds_table
 
-    again = _again(retraining, run, 5)
+    again = retraining.given(repeats=5)
     check = partial(check_lds, masks=masks, share=share)
     attributor, found, orders = _orders(recipe, run, data, scores, baselines, check)
-    made = lds_table(attributor, found, orders, masks=masks, share=share, **again)
+    made = lds_table(attributor, found, orders, masks=masks, share=share, seed=run.seed, **again)
     figures = made.to_json()
     rows = [
         [name, f"{one['lds']:.3f}", _interval(one["interval"]), _difference(one["minus_first"])] for name, one in figures["methods"].items()
@@ -96,10 +96,10 @@ def counterfactual(
     from whence.report.picture_files import check_picture
 
     check_picture(plot)
-    again = _again(retraining, run, 3)
+    again = retraining.given(repeats=3)
     check = partial(check_counterfactual, remove=remove, mode=mode, queries=queries)
     attributor, found, orders = _orders(recipe, run, data, scores, baselines, check)
-    result = counterfactual_of(attributor, found, orders, remove=remove, mode=mode, queries=queries, **again)
+    result = counterfactual_of(attributor, found, orders, remove=remove, mode=mode, queries=queries, seed=run.seed, **again)
     output.data(output.rendered(result.table()), {"recipe": found.name, **result.to_json()}, as_json=run.json)
     if plot is not None:
         counterfactual_picture(plot, result)
@@ -252,14 +252,6 @@ def _orders(
         check(found)
     saved = saved_scores(attributor, found, names)
     return attributor, found, saved | baseline_scores(attributor, found, names=baselines, seed=run.seed)
-
-
-def _again(retraining: RetrainOptions, run: RunOptions, repeats: int) -> dict[str, Any]:
-    """Return the options of training again; `repeats` if none are given."""
-    from whence.evaluate.retrain import check_jobs
-
-    check_jobs(retraining.jobs)
-    return {"repeats": retraining.repeats or repeats, "seed": run.seed, "n_jobs": retraining.jobs, "backend": retraining.backend}
 
 
 def _inverse(inverse: InverseOptions) -> dict[str, Any]:

@@ -72,13 +72,20 @@ class RetrainOptions:
     """How models are trained again."""
 
     repeats: Count | None = None
-    """Trainings of each set of rows, with different seeds. Default: 5, for counterfactual 3."""
+    """Trainings of each set of rows, with different seeds. Default: 5, for counterfactual and clean 3."""
 
     jobs: int = 1
     """Trainings at a time; -1 uses every core."""
 
     backend: Literal["loky", "threading", "dask", "ray"] = "loky"
     """Where joblib runs them: processes here, or a cluster of dask or ray."""
+
+    def given(self, *, repeats: int) -> dict[str, Any]:
+        """Return the options as the library takes them, checked; `repeats` if none are given."""
+        from whence.evaluate.retrain import check_jobs
+
+        check_jobs(self.jobs)
+        return {"repeats": self.repeats or repeats, "n_jobs": self.jobs, "backend": self.backend}
 
 
 @dataclass(kw_only=True)

@@ -9,8 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -18,8 +17,7 @@ from torch import Tensor
 from whence.errors import ConfigError
 from whence.evaluate.decision import Decision
 from whence.evaluate.estimates import mean_estimate
-from whence.evaluate.retrain import Procedure, RetrainSpec, repeat_seed, retrain_all
-from whence.runtime.progress import Stages
+from whence.evaluate.retrain import Procedure, RetrainSpec, Running, repeat_seed, retrain_all
 
 ALL, CLEANED, RANDOM = "all rows", "cleaned", "random rows dropped"
 
@@ -106,10 +104,7 @@ def retrain_cleaned(
     repeats: int = 3,
     margin: bool = False,
     seed: int = 0,
-    folder: str | Path | None = None,
-    n_jobs: int = 1,
-    backend: str = "loky",
-    stages: Stages | None = None,
+    **running: Unpack[Running],
 ) -> CleaningEffect:
     """Train on all rows, on the rows that stay, and without as many random rows; measure the queries after each.
 
@@ -119,7 +114,7 @@ def retrain_cleaned(
         repeats: trainings of each kind, with the same seeds for all kinds.
         margin: as of `CleaningEffect`.
         seed: of the trainings, the random rows and the bootstrap.
-        folder, n_jobs, backend, stages: as of `whence.evaluate.retrain.retrain_all`.
+        running: see `whence.evaluate.retrain.Running`.
 
     Raises:
         ConfigError: no row is dropped, or there is no repeat.
@@ -132,7 +127,7 @@ def retrain_cleaned(
         training_seed = repeat_seed(seed, 0, repeat)
         kinds = (every, decision.kept, _without_random_rows(decision, repeat_seed(seed, 1, repeat)))
         specs += [RetrainSpec(key=procedure.key, rows=rows, seed=training_seed) for rows in kinds]
-    results = retrain_all(procedure, specs, folder=folder, n_jobs=n_jobs, backend=backend, stages=stages)
+    results = retrain_all(procedure, specs, **running)
     kinds_found = {kind: torch.stack(results[place::3]) for place, kind in enumerate((ALL, CLEANED, RANDOM))}
     return CleaningEffect(measurements=kinds_found, margin=margin, seed=seed)
 

@@ -25,8 +25,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Literal
+from typing import Literal, Unpack
 
 import torch
 from torch import Tensor
@@ -34,9 +33,8 @@ from torch import Tensor
 from whence.errors import ConfigError, DataError
 from whence.evaluate.estimates import check_resamples
 from whence.evaluate.removal import Counterfactual
-from whence.evaluate.retrain import Procedure, RetrainSpec, repeat_seed, retrain_all
+from whence.evaluate.retrain import Procedure, RetrainSpec, Running, repeat_seed, retrain_all
 from whence.runtime.batches import check_rows
-from whence.runtime.progress import Stages
 
 RANDOM = "random"
 """The name of the random order in results."""
@@ -56,10 +54,7 @@ def counterfactual(
     tokens: Tensor | None = None,
     seed: int = 0,
     resamples: int = 1000,
-    folder: str | Path | None = None,
-    n_jobs: int = 1,
-    backend: str = "loky",
-    stages: Stages | None = None,
+    **running: Unpack[Running],
 ) -> Counterfactual:
     """Remove the rows that each order calls most helpful, train again, and measure the queries; see the top of this file.
 
@@ -74,7 +69,7 @@ def counterfactual(
         tokens: trained tokens `[query]` where the measurement is a loss summed over them, for perplexities; with `"sum"` only.
         seed: of trainings, random orders and bootstrap samples.
         resamples: bootstrap samples for the intervals.
-        folder, n_jobs, backend, stages: as of `whence.evaluate.retrain.retrain_bank`.
+        running: see `whence.evaluate.retrain.Running`.
 
     Raises:
         ConfigError: an option cannot be used. DataError: scores are not finite or do not fit, or no query is classified right.
@@ -86,7 +81,7 @@ def counterfactual(
     _check_options(mode, repeats, base_repeats, resamples, tokens)
     asked = sorted(set(check_rows(queries, scored, "queries")))
     tokens = None if tokens is None else _check_tokens(tokens, scored)
-    run = partial(retrain_all, procedure, folder=folder, n_jobs=n_jobs, backend=backend, stages=stages)
+    run = partial(retrain_all, procedure, **running)
     trainings = _Trainings(run=run, key=procedure.key, rows=tuple(range(train)), seed=seed)
     base = trainings.without([([], repeat) for repeat in range(base_repeats)])
     taken, left_out = _choose(base, asked, scored, mode)

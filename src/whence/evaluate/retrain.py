@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -42,6 +42,19 @@ class Procedure(Protocol):
     def __call__(self, rows: Sequence[int], seed: int) -> Tensor:
         """Train on these rows of the training data, everything random keyed by `seed`; return measurements `[query]`."""
         ...
+
+
+class Running(TypedDict, total=False):
+    """How trainings are run; all of it may be left out.
+
+    `folder` keeps finished jobs, to be found by their content; None: nowhere. `n_jobs` run at a time, as for joblib: -1 uses
+    every core. `backend` is joblib's for more than one at a time. `stages` gets the time and shows progress.
+    """
+
+    folder: str | Path | None
+    n_jobs: int
+    backend: str
+    stages: Stages | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,16 +208,7 @@ def repeat_seed(seed: int, subset: int, repeat: int) -> int:
 
 
 def retrain_bank(
-    procedure: Procedure,
-    masks: Tensor,
-    *,
-    repeats: int = 5,
-    seed: int = 0,
-    common_seeds: bool = False,
-    folder: str | Path | None = None,
-    n_jobs: int = 1,
-    backend: str = "loky",
-    stages: Stages | None = None,
+    procedure: Procedure, masks: Tensor, *, repeats: int = 5, seed: int = 0, common_seeds: bool = False, **running: Unpack[Running]
 ) -> RetrainBank:
     """Train on every subset `repeats` times and measure the queries.
 
@@ -215,10 +219,7 @@ def retrain_bank(
         seed: keys the seeds of all trainings.
         common_seeds: repeat r of every subset has the same seed, so that what the seed alone does (first weights, say) is
             the same for all subsets and drops out of their ranking. By default every training has a seed of its own.
-        folder: where finished jobs are kept, to be found by their content; None: nowhere.
-        n_jobs: jobs at a time, as for joblib: -1 uses every core.
-        backend: joblib's backend for more than one job at a time.
-        stages: gets the time and shows progress.
+        running: see `Running`.
 
     Raises:
         ConfigError: fewer than one repeat, or no job at a time. StorageError: another process is using the folder, or it cannot be written.
@@ -231,7 +232,7 @@ def retrain_bank(
         for subset, mask in enumerate(masks)
         for repeat in range(repeats)
     ]
-    measured = retrain_all(procedure, specs, folder=folder, n_jobs=n_jobs, backend=backend, stages=stages)
+    measured = retrain_all(procedure, specs, **running)
     measurements = torch.stack(measured).unflatten(0, (len(masks), repeats))
     settings = {"key": key, "repeats": repeats, "seed": seed, "common_seeds": common_seeds}
     return RetrainBank(masks=masks, measurements=measurements, settings=settings)
@@ -248,7 +249,7 @@ def retrain_all(
 ) -> list[Tensor]:
     """Run jobs and return the measurements `[query]` of each, float64, in the order of the jobs.
 
-    Equal jobs run once. Arguments and errors as of `retrain_bank`.
+    Equal jobs run once. Arguments as of `Running`, errors as of `retrain_bank`.
     """
     check_jobs(n_jobs)
     stages = Stages(enabled=False) if stages is None else stages

@@ -14,7 +14,8 @@ from whence.evaluate.clean import check_shares, copy_numbers, decide, duplicate_
 from whence.evaluate.clean_effect import CleaningEffect, retrain_cleaned
 from whence.evaluate.cleaned import Cleaned, check_out, write_cleaned
 from whence.evaluate.decision import Decision
-from whence.evaluate.retrain import check_jobs
+from whence.evaluate.retrain import Running, check_jobs
+from whence.evidence.retraining import measure_of, procedure_of, running_in
 from whence.recipes.base import Recipe
 from whence.storage.run import read_json, write_json_atomic
 
@@ -64,7 +65,8 @@ def clean_recipe(
     keep_share: float = 0.5,
     name: str | None = None,
     repeats: int = 0,
-    jobs: int = 1,
+    n_jobs: int = 1,
+    backend: str = "loky",
     overwrite: bool = False,
     **options: Any,
 ) -> CleanResult:
@@ -77,19 +79,18 @@ def clean_recipe(
         drop: `"mislabeled"`, `"harmful"` or `"duplicates"`.
         fraction, keep_share: as of `whence.evaluate.clean.decide`; without effect on duplicates.
         name: of the scores in the run folder.
-        repeats, jobs: as of `whence.evaluate.clean_effect.retrain_cleaned`; the seed is the attributor's.
+        repeats, n_jobs, backend: as of `whence.evaluate.clean_effect.retrain_cleaned`; the seed is the attributor's.
         options: of `Attributor.scores` and `Attributor.self_influence`.
 
     Raises:
-        RecipeError: the recipe has no raw rows, or cannot be trained again. ConfigError: an option cannot be used.
+        RecipeError: the recipe has no raw rows. ConfigError: it cannot be trained again, or an option cannot be used.
     """
     check_out(Path(out), overwrite=overwrite)
     rows = _rows(recipe)
-    if repeats and recipe.retraining is None:
-        raise RecipeError(f"recipe {recipe.name} cannot be trained again: it has no `retraining`. Leave --retrain out.")
+    procedure = procedure_of(recipe) if repeats else None
     if drop != "duplicates":
         check_shares(len(rows), fraction=fraction, keep_share=keep_share)
-    check_jobs(jobs)
+    check_jobs(n_jobs)
     groups = duplicate_groups(rows)
     classes: Tensor | None = recipe.classes
     if drop == "duplicates":
@@ -103,8 +104,10 @@ def clean_recipe(
     origin: dict[str, Any] = {"recipe": recipe.name, "drop": drop, "scores": name, **{key: str(value) for key, value in options.items()}}
     written = write_cleaned(rows, decision, out, origin=origin, overwrite=overwrite)
     effect = None
-    if repeats and decision.dropped:  # the files are there already, should training again fail
-        effect = _retrained(recipe, attributor, decision, repeats, jobs)
+    if procedure is not None and decision.dropped:  # the files are there already, should training again fail
+        running: Running = {**running_in(attributor), "n_jobs": n_jobs, "backend": backend}
+        margin = measure_of(recipe) == "margin"
+        effect = retrain_cleaned(procedure, decision, repeats=repeats, margin=margin, seed=attributor.seed, **running)
         record = read_json(written.provenance)
         record["origin"]["effect"] = effect.to_json()
         write_json_atomic(written.provenance, record)
@@ -114,28 +117,9 @@ def clean_recipe(
     return CleanResult(decision=decision, written=written, flipped=flipped, effect=effect)
 
 
-def _retrained(recipe: Recipe, attributor: Attributor, decision: Decision, repeats: int, jobs: int) -> CleaningEffect:
-    assert recipe.retraining is not None  # checked before anything was scored
-    return retrain_cleaned(
-        recipe.retraining,
-        decision,
-        repeats=repeats,
-        margin=_is_margin(recipe),
-        seed=attributor.seed,
-        folder=attributor.run.sub("retrain"),
-        n_jobs=jobs,
-        stages=attributor.stages,
-    )
-
-
 def _rows(recipe: Recipe) -> list[dict[str, Any]]:
     if recipe.raw is None:
         raise RecipeError(
             f"recipe {recipe.name} has no `raw`, the rows of its training data as they were read, so they cannot be written. Give them."
         )
     return list(recipe.raw)
-
-
-def _is_margin(recipe: Recipe) -> bool:
-    """Whether a measurement below zero means that the query is classified rightly."""
-    return getattr(recipe.task, "measure", None) == "margin"

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor
@@ -26,8 +25,9 @@ from whence.evaluate.counterfactual import RANDOM, check_counts, counterfactual
 from whence.evaluate.duplicates import DuplicateRanks, duplicate_ranks, sample_rows
 from whence.evaluate.lds import Lds, lds
 from whence.evaluate.removal import Counterfactual
-from whence.evaluate.retrain import RetrainBank, draw_masks, retrain_bank
+from whence.evaluate.retrain import RetrainBank, Running, draw_masks, retrain_bank
 from whence.evaluate.tail_patch import TailPatch, tail_patch
+from whence.evidence.retraining import measure_of, procedure_of, running_in
 from whence.recipes.base import Recipe
 from whence.recipes.quality import tokens_of
 from whence.runtime.batches import check_rows, iterate_batches
@@ -145,20 +145,6 @@ def _or_none(values: list[float]) -> Any:
     return values[0] if len(values) == 1 else values
 
 
-def procedure_of(recipe: Recipe) -> Any:
-    """Return what trains the recipe's model again.
-
-    Raises:
-        ConfigError: the recipe cannot be trained again.
-    """
-    if recipe.retraining is None:
-        raise ConfigError(
-            f"recipe {recipe.name} cannot be trained again: it has no retraining. Models of whence train have one; in a recipe of your own "
-            "give retraining=..., a whence.evaluate.retrain.Procedure."
-        )
-    return recipe.retraining
-
-
 def check_lds(recipe: Recipe, *, masks: int, share: float) -> None:
     """Check what `lds_table` is asked for before anything is scored or trained.
 
@@ -180,8 +166,8 @@ def check_counterfactual(recipe: Recipe, *, remove: Sequence[int], mode: str, qu
     procedure_of(recipe)
     check_counts(remove, len(recipe.train))
     check_rows(queries, len(recipe.queries), "queries")
-    measure = getattr(recipe.task, "measure", "margin")  # of a task of one's own, nothing is known
-    if mode == "each" and measure != "margin":
+    measure = measure_of(recipe)
+    if mode == "each" and measure not in ("margin", None):
         raise ConfigError(
             f"mode='each' follows queries until they are misclassified, which the measurement {measure!r} does not tell. "
             "Give --mode sum, or for a classifier --measurement margin and scores of it."
@@ -197,9 +183,7 @@ def lds_table(
     share: float = 0.5,
     repeats: int = 5,
     seed: int = 0,
-    n_jobs: int = 1,
-    backend: str = "loky",
-    folder: Path | None = None,
+    **running: Unpack[Running],
 ) -> LdsTable:
     """Train on random subsets (or find the retrains on disk), and judge scores by them.
 
@@ -210,19 +194,16 @@ def lds_table(
         share: of the training rows in each.
         repeats: trainings per subset.
         seed: of the subsets and trainings.
-        n_jobs, backend: as for joblib.
-        folder: of the retrains; None: `retrain` in the run folder.
+        running: see `whence.evaluate.retrain.Running`; by default the retrains are kept in the run folder, under `retrain`.
     """
     check_lds(recipe, masks=masks, share=share)
+    how: Running = {**running_in(attributor), **running}
     bank = retrain_bank(
         procedure_of(recipe),
         draw_masks(len(recipe.train), masks, share=share, seed=seed),
         repeats=repeats,
         seed=seed,
-        folder=attributor.run.sub("retrain") if folder is None else folder,
-        n_jobs=n_jobs,
-        backend=backend,
-        stages=attributor.stages,
+        **how,
     )
     return LdsTable(results={name: lds(scores, bank) for name, scores in orders.items()}, bank=bank)
 
@@ -232,15 +213,13 @@ def counterfactual_of(
 ) -> Counterfactual:
     """Remove the rows at the top of each order and train again; options as of `whence.evaluate.counterfactual.counterfactual`."""
     check_counterfactual(recipe, remove=options["remove"], mode=mode, queries=options.get("queries"))
-    language = mode == "sum" and isinstance(recipe.task, CausalLM) and recipe.task.measure == "loss"
+    language = mode == "sum" and isinstance(recipe.task, CausalLM) and measure_of(recipe) == "loss"
     return counterfactual(
         {name: scores for name, scores in orders.items() if name != RANDOM},
         procedure_of(recipe),
         mode=mode,
         tokens=tokens_of(recipe, recipe.queries) if language else None,
-        folder=attributor.run.sub("retrain"),
-        stages=attributor.stages,
-        **options,
+        **{**running_in(attributor), **options},
     )
 
 
