@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     from whence.scores.matrix import Scores
 
 SHOWN_BY_DEFAULT = 5
-OVER_RUN = "over-run"
-"""Name of scores over a run, if they were given none."""
 
 
 def fit(
@@ -61,31 +60,30 @@ def score(
     Args:
         k: Strongest proponents and opponents per query in the table that is written beside the scores.
     """
-    from whence.evidence.over_run import scores_over_run
+    from whence.evidence.scoring import score_recipe
 
-    damping, response = parse_damping(inverse.damping), parse_response(inverse.response)
+    solver, damping, response = _solver(scoring), parse_damping(inverse.damping), parse_response(inverse.response)
     attributor, found = open_recipe(recipe, run, data)
-    asked = {name: value for name, value in vars(scoring).items() if name not in ("over_run", "name", "draws")}
-    asked["solver"] = _solver(scoring)
-    by_default = found.over_run and _nothing_asked(inverse, scoring)
-    over_run = scoring.over_run or by_default
-    strategy = inverse.strategy or ("identity" if over_run else "ekfac")
-    if by_default:
-        # What predicts retraining best after a short training of a classifier (docs/results/finetuned.md).
-        asked["normalize"] = "cosine"
-    name = _scores_name(scoring, strategy, over_run)
-    options = asked | {"damping": damping, "response": response, "name": name, "batch_size": run.batch_size, "overwrite": run.overwrite}
-    fitted = "identity" if scoring.solver == "exact" else strategy  # an exact inverse needs no fit
-    if over_run:
-        scores = scores_over_run(attributor, open_snapshots(found, run), found, strategy=fitted, **options)
-    else:
-        scores = attributor.scores(found.queries, found.train, strategy=fitted, **options)
-    folder = _scores_folder(run_folder(found, run), name)
-    table = folder.with_name(f"{name}_top.parquet")
+    made = score_recipe(
+        attributor,
+        found,
+        snapshots=partial(open_snapshots, found, run),
+        strategy=inverse.strategy,
+        damping=damping,
+        response=response,
+        solver=solver,
+        batch_size=run.batch_size,
+        overwrite=run.overwrite,
+        **{name: value for name, value in vars(scoring).items() if name not in ("solver", "draws")},
+    )
+    scores = made.scores
+    folder = _scores_folder(run_folder(found, run), made.name)
+    table = folder.with_name(f"{made.name}_top.parquet")
     if not scores.sums_rows:
         scores.to_parquet(table, k=k)
     queries, train = scores.values.shape
-    values = {"recipe": found.name, "strategy": strategy, "damping": inverse.damping, "over_run": over_run, "normalize": asked["normalize"]}
+    kind = {"strategy": made.strategy, "damping": inverse.damping, "over_run": made.over_run, "normalize": made.normalize}
+    values = {"recipe": found.name, **kind}
     _finish(
         attributor,
         values | {"queries": queries, "train": train, "scores": str(folder), "table": None if scores.sums_rows else str(table)},
@@ -101,21 +99,6 @@ def _solver(scoring: ScoreOptions) -> SolverLike:
     from whence.curvature.refine import ConjugateGradients
 
     return ConjugateGradients(draws=scoring.draws)
-
-
-def _nothing_asked(inverse: InverseOptions, scoring: ScoreOptions) -> bool:
-    """Whether the kind of scores is left to the recipe."""
-    usual = ScoreOptions()
-    same = all(getattr(scoring, name) == getattr(usual, name) for name in ("solver", "normalize", "aggregate"))
-    return same and vars(inverse) == vars(InverseOptions())
-
-
-def _scores_name(scoring: ScoreOptions, strategy: str, over_run: bool) -> str:
-    from whence.scores.request import scores_folder
-
-    if over_run:
-        return scoring.name or (OVER_RUN if strategy == "identity" else f"{OVER_RUN}-{strategy}")
-    return scores_folder(scoring.name, strategy, scoring.solver)
 
 
 def self_influence(
@@ -183,11 +166,12 @@ def top(
         run_dir: Run folder. Default: runs/NAME, after the recipe's name.
         json: Print the data as JSON.
     """
+    from whence.evidence.scoring import usual_name
     from whence.recipes.base import load_recipe
     from whence.scores.matrix import Scores
 
     found = load_recipe(recipe, **data.given())
-    usual = OVER_RUN if found.over_run else "ekfac"
+    usual = usual_name(found)
     folder = _scores_folder(run_dir or Path("runs") / found.name, name or strategy or usual)
     if not folder.exists():
         like = f" --strategy {strategy or 'ekfac'}" if strategy or not found.over_run else ""
