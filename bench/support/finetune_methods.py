@@ -12,7 +12,7 @@ from support.finetune_setting import Setting
 from whence.curvature.basis import Damping
 from whence.curvature.refine import ConjugateGradients, Exact
 from whence.evaluate.baselines import BASELINES
-from whence.evidence.compare import baseline_scores
+from whence.evidence.baselines import baseline_scores
 
 Method = Callable[[Setting], Tensor]
 

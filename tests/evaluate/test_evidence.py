@@ -15,14 +15,13 @@ from whence.attributor import Attributor
 from whence.errors import ConfigError, DataError, MismatchError
 from whence.evaluate.clean_effect import retrain_cleaned
 from whence.evidence import clean as cleaning
+from whence.evidence.baselines import baseline_scores, row_losses
 from whence.evidence.clean import clean_recipe
 from whence.evidence.compare import (
-    baseline_scores,
     check_counterfactual,
     check_lds,
     counterfactual_of,
     duplicates_of,
-    row_losses,
     suspicious_orders,
 )
 from whence.evidence.saved import check_same_rows, saved_scores

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from whence.cli import output
 from whence.cli.opening import Flat, RecipeName, open_recipe, open_snapshots, run_folder
-from whence.cli.options import DataOptions, FitOptions, InverseOptions, ListOptions, RunOptions, ScoreOptions, Strategy
+from whence.cli.options import DataOptions, FitOptions, InverseOptions, KeepOptions, ListOptions, ScoreOptions, Strategy
 from whence.cli.values import Count, Numbers, Switch, parse_damping, parse_response
 from whence.errors import ConfigError, MismatchError
 
@@ -27,7 +27,7 @@ def fit(
     *,
     fitting: Annotated[FitOptions, Flat] = FitOptions(),  # noqa: B008  (read only; the parser makes a new one per call)
     data: Annotated[DataOptions, Flat] = DataOptions(),  # noqa: B008
-    run: Annotated[RunOptions, Flat] = RunOptions(),  # noqa: B008
+    run: Annotated[KeepOptions, Flat] = KeepOptions(),  # noqa: B008
 ) -> None:
     """Fit the curvature of a recipe's model on its training rows and store it in the run folder."""
     attributor, found = open_recipe(recipe, run, data)
@@ -51,7 +51,7 @@ def score(
     scoring: Annotated[ScoreOptions, Flat] = ScoreOptions(),  # noqa: B008
     k: Count = 10,
     data: Annotated[DataOptions, Flat] = DataOptions(),  # noqa: B008
-    run: Annotated[RunOptions, Flat] = RunOptions(),  # noqa: B008
+    run: Annotated[KeepOptions, Flat] = KeepOptions(),  # noqa: B008
 ) -> None:
     """Score every query of a recipe against every training row and store the scores in the run folder.
 
@@ -110,7 +110,7 @@ def self_influence(
     name: str | None = None,
     listing: Annotated[ListOptions, Flat] = ListOptions(),  # noqa: B008
     data: Annotated[DataOptions, Flat] = DataOptions(),  # noqa: B008
-    run: Annotated[RunOptions, Flat] = RunOptions(),  # noqa: B008
+    run: Annotated[KeepOptions, Flat] = KeepOptions(),  # noqa: B008
 ) -> None:
     """Rank a recipe's training rows by self-influence: wrong labels and unusual rows come first.
 
@@ -193,7 +193,7 @@ def _scores_folder(run_dir: Path, strategy: str) -> Path:
     return run_dir / "scores" / strategy
 
 
-def _finish(attributor: Attributor, values: dict[str, Any], run: RunOptions) -> None:
+def _finish(attributor: Attributor, values: dict[str, Any], run: KeepOptions) -> None:
     output.data(output.facts(values), values | {"coverage": output.coverage_facts(attributor)}, as_json=run.json)
     output.closing(attributor)
 

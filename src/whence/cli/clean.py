@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from whence.cli import output
 from whence.cli.opening import Flat, RecipeName, open_recipe
-from whence.cli.options import DataOptions, InverseOptions, RetrainOptions, RunOptions
+from whence.cli.options import DataOptions, InverseOptions, KeepOptions, RetrainOptions
 from whence.cli.values import Share, Switch, parse_damping, parse_response
 from whence.errors import ConfigError
 
@@ -25,7 +25,7 @@ def clean(
     retraining: Annotated[RetrainOptions, Flat] = RetrainOptions(),  # noqa: B008  (read only; the parser makes a new one per call)
     inverse: Annotated[InverseOptions, Flat] = InverseOptions(),  # noqa: B008
     data: Annotated[DataOptions, Flat] = DataOptions(),  # noqa: B008
-    run: Annotated[RunOptions, Flat] = RunOptions(),  # noqa: B008
+    run: Annotated[KeepOptions, Flat] = KeepOptions(),  # noqa: B008
 ) -> None:
     """Write a recipe's training data without the rows that do most harm, with a record of what went and why.
 

@@ -160,7 +160,7 @@ def mislabeled(
     options = _inverse(inverse)
     attributor, found = open_recipe(recipe, run, data)
     flipped = _flipped(found)
-    orders = suspicious_orders(attributor, found, **options)
+    orders = suspicious_orders(attributor, found, batch_size=run.batch_size, **options)
     curves = {name: recall_curve(values, flipped) for name, values in orders.items()}
     marks = (0.05, 0.1, 0.2, 0.3)
     figures = {name: {"auc": roc_area(orders[name], flipped)} | {f"{m:.0%}": curve.at(m) for m in marks} for name, curve in curves.items()}
@@ -197,7 +197,9 @@ def tail_patch(
     from whence.evidence.compare import tail_patch_of
 
     attributor, found, orders = _orders(recipe, run, data, scores, baselines)
-    result = tail_patch_of(attributor, found, orders, k=k, learning_rate=learning_rate, queries=queries)
+    result = tail_patch_of(
+        attributor, found, orders, k=k, learning_rate=learning_rate, queries=queries, seed=run.seed, batch_size=run.batch_size
+    )
     rows = [[name, *_with_interval(result.fall(name))] for name in result.falls]
     lines = [
         f"{len(result.before)} queries, their measurement {float(result.before.mean()):.4g} on average",
@@ -225,7 +227,7 @@ def duplicates(
 
     options = _inverse(inverse)
     attributor, found = open_recipe(recipe, run, data)
-    results = duplicates_of(attributor, found, count=count, seed=run.seed, **options)
+    results = duplicates_of(attributor, found, count=count, seed=run.seed, batch_size=run.batch_size, **options)
     rows = [
         [name, f"{one.recall(1).value:.1%}", f"{one.recall(10).value:.1%}", f"{one.mean_reciprocal.value:.3f}"]
         for name, one in results.items()
@@ -244,14 +246,14 @@ def _orders(
     check: Callable[[Recipe], None] | None = None,
 ) -> tuple[Attributor, Recipe, dict[str, Tensor]]:
     """Open a recipe, check what is asked of it, read the scores to be judged, and only then make the baselines."""
-    from whence.evidence.compare import baseline_scores
+    from whence.evidence.baselines import baseline_scores
     from whence.evidence.saved import saved_scores
 
     attributor, found = open_recipe(recipe, run, data)
     if check is not None:
         check(found)
     saved = saved_scores(attributor, found, names)
-    return attributor, found, saved | baseline_scores(attributor, found, names=baselines, seed=run.seed)
+    return attributor, found, saved | baseline_scores(attributor, found, names=baselines, seed=run.seed, batch_size=run.batch_size)
 
 
 def _inverse(inverse: InverseOptions) -> dict[str, Any]:

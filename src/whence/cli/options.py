@@ -123,11 +123,16 @@ class RunOptions:
     offload: Switch = False
     """Keep activations and factors in the CPU's memory until they are needed."""
 
-    overwrite: Switch = False
-    """Start again where the run folder holds results of another model, data set or setting."""
-
     json: Switch = False
     """Print the data as JSON."""
+
+
+@dataclass(kw_only=True)
+class KeepOptions(RunOptions):
+    """Which run, on which device, of a verb that keeps what it computes under a name."""
+
+    overwrite: Switch = False
+    """Start again where the run folder holds results of another model, data set or setting."""
 
 
 @dataclass(kw_only=True)
@@ -164,7 +169,7 @@ class InverseOptions(ResponseOptions):
 
 
 @dataclass(kw_only=True)
-class ScoreOptions:
+class MatrixOptions:
     """What is scored."""
 
     query_batch_size: Size = "auto"
@@ -183,9 +188,6 @@ class ScoreOptions:
     solver: Literal["direct", "cg", "exact"] = "direct"
     """direct: the fitted curvature's inverse; cg: conjugate gradients from there; exact: the Gauss-Newton matrix itself."""
 
-    draws: Count | None = None
-    """With --solver cg: labels drawn per training row instead of all outputs, which language models have too many of."""
-
     query_rank: Count | None = None
     """Keep each query's preconditioned gradients at this rank: less memory."""
 
@@ -200,6 +202,14 @@ class ScoreOptions:
 
     train_rows: Numbers | None = None
     """Training rows to score. Default: all."""
+
+
+@dataclass(kw_only=True)
+class ScoreOptions(MatrixOptions):
+    """What is scored, and under which name it is kept."""
+
+    draws: Count | None = None
+    """With --solver cg: labels drawn per training row instead of all outputs, which language models have too many of."""
 
     name: str | None = None
     """Folder of these scores within the run folder. Default: the strategy's name; over a run over-run, or over-run-STRATEGY."""

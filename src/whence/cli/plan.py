@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from whence.cli import output
 from whence.cli.opening import Flat, RecipeName, open_recipe
-from whence.cli.options import DataOptions, FitOptions, ResponseOptions, RunOptions, ScoreOptions
+from whence.cli.options import DataOptions, FitOptions, MatrixOptions, ResponseOptions, RunOptions
 from whence.cli.values import parse_response
 from whence.errors import ConfigError
 
@@ -16,7 +16,7 @@ def plan(
     /,
     *,
     fitting: Annotated[FitOptions, Flat] = FitOptions(),  # noqa: B008  (read only; the parser makes a new one per call)
-    scoring: Annotated[ScoreOptions, Flat] = ScoreOptions(),  # noqa: B008
+    scoring: Annotated[MatrixOptions, Flat] = MatrixOptions(),  # noqa: B008
     responding: Annotated[ResponseOptions, Flat] = ResponseOptions(),  # noqa: B008
     on: Literal["loss", "measurement"] = "loss",
     data: Annotated[DataOptions, Flat] = DataOptions(),  # noqa: B008

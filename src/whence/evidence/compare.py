@@ -1,4 +1,4 @@
-"""What is compared when scores are judged: scores, and the cheap baselines that stand beside them."""
+"""Comparisons of scores on one recipe: by training again, by a step, by copies, by labels that are known to be wrong."""
 
 from __future__ import annotations
 
@@ -12,102 +12,20 @@ from torch import Tensor
 
 from whence.attributor import Attributor
 from whence.errors import ConfigError
-from whence.evaluate.baselines import (
-    BASELINES,
-    bm25_scores,
-    embedding_scores,
-    loss_scores,
-    only_looking,
-    random_scores,
-    signed_by_class,
-)
+from whence.evaluate.baselines import random_scores
 from whence.evaluate.counterfactual import RANDOM, check_counts, counterfactual
 from whence.evaluate.duplicates import DuplicateRanks, duplicate_ranks, sample_rows
 from whence.evaluate.lds import Lds, lds
 from whence.evaluate.removal import Counterfactual
 from whence.evaluate.retrain import RetrainBank, Running, draw_masks, retrain_bank
 from whence.evaluate.tail_patch import TailPatch, tail_patch
+from whence.evidence.baselines import row_losses, rows_at_a_time
 from whence.evidence.retraining import measure_of, procedure_of, running_in
 from whence.recipes.base import Recipe
 from whence.recipes.quality import tokens_of
-from whence.runtime.batches import check_rows, iterate_batches
+from whence.runtime.batches import check_rows
 from whence.tasks import CausalLM
-
-Orders = dict[str, Tensor]
-"""Scores `[query, train]` by the name they have in a table; higher for rows that push the measurement down."""
-
-_BATCH = 32
-
-
-def row_losses(attributor: Attributor, recipe: Recipe) -> Tensor:
-    """Return the loss of every training row, float64 `[train]`."""
-    rows = range(len(recipe.train))
-    batches = iterate_batches(recipe.train, rows, batch_size=_BATCH, collate=recipe.collate, device=attributor.device)
-    parts = []
-    with (
-        only_looking(recipe.model, attributor.device),
-        attributor.stages.stage("Losses"),
-        attributor.stages.track(len(rows), "Losses") as advance,
-    ):
-        for batch in batches:
-            parts.append(recipe.task.loss(recipe.model, batch.data).double().cpu())
-            advance(len(parts[-1]))
-    return torch.cat(parts)
-
-
-def baseline_scores(attributor: Attributor, recipe: Recipe, *, names: Sequence[str] | None = None, seed: int = 0) -> Orders:
-    """Return the baselines that every table has, those of them that the recipe's rows allow.
-
-    BM25 is of rows that are text. Similarities of classified rows stand there twice, the second time (signed) negative where
-    the classes differ.
-
-    Args:
-        attributor, recipe: of the model that was scored.
-        names: which of `whence.evaluate.baselines.BASELINES`; None: all.
-        seed: of the random one.
-
-    Raises:
-        ConfigError: there is no baseline of a name, or the recipe's rows do not allow one that is named.
-    """
-    unknown = sorted(set(names or ()) - set(BASELINES))
-    if unknown:
-        raise ConfigError(f"{unknown[0]!r} is no baseline; choose from {', '.join(BASELINES)}.")
-    wanted = [name for name in (names or BASELINES) if _possible(name, recipe)]
-    impossible = sorted(set(names or ()) - set(wanted))
-    if impossible:
-        needs = "classes of rows and queries" if impossible[0].endswith(" signed") else "rows that are text (input_ids)"
-        raise ConfigError(f"the baseline {impossible[0]!r} needs {needs}, which recipe {recipe.name} does not have. Leave it out.")
-    made: Orders = {}
-    for name in wanted:
-        plain = name.removesuffix(" signed")
-        if plain not in made:
-            made[plain] = _baseline(plain, attributor, recipe, seed)
-        if name != plain:
-            assert recipe.query_classes is not None
-            assert recipe.classes is not None
-            made[name] = signed_by_class(made[plain], recipe.query_classes, recipe.classes)
-    return {name: made[name] for name in wanted}
-
-
-def _possible(name: str, recipe: Recipe) -> bool:
-    text = isinstance(recipe.train[0], Mapping) and recipe.train[0].get("input_ids") is not None
-    classified = recipe.classes is not None and recipe.query_classes is not None
-    return (text or not name.startswith("bm25")) and (classified or not name.endswith(" signed"))
-
-
-def _baseline(name: str, attributor: Attributor, recipe: Recipe, seed: int) -> Tensor:
-    queries, train = recipe.queries, recipe.train
-    if name == "random":
-        return random_scores(len(queries), len(train), seed=seed)
-    if name == "gradient cosine":
-        options: dict[str, Any] = {"strategy": "identity", "normalize": "cosine", "name": "gradient-cosine", "overwrite": True}
-        return attributor.scores(queries, train, **options).values
-    if name == "loss":
-        return loss_scores(row_losses(attributor, recipe), len(queries))
-    with attributor.stages.stage("Baselines"):
-        if name == "bm25":
-            return bm25_scores(queries, train)
-        return embedding_scores(recipe.model, queries, train, collate=recipe.collate, device=attributor.device, task=recipe.task)
+from whence.workbench import Size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,7 +142,13 @@ def counterfactual_of(
 
 
 def tail_patch_of(
-    attributor: Attributor, recipe: Recipe, orders: Mapping[str, Tensor], *, queries: Sequence[int] | None = None, **options: Any
+    attributor: Attributor,
+    recipe: Recipe,
+    orders: Mapping[str, Tensor],
+    *,
+    queries: Sequence[int] | None = None,
+    batch_size: Size = "auto",
+    **options: Any,
 ) -> TailPatch:
     """Step on each query's first rows; options as of `whence.evaluate.tail_patch.tail_patch`. By default of the first 20 queries."""
     chosen = list(queries) if queries is not None else list(range(min(20, len(recipe.queries))))
@@ -238,12 +162,20 @@ def tail_patch_of(
             {name: scores[chosen] for name, scores in orders.items()},
             collate=recipe.collate,
             device=attributor.device,
+            batch_size=rows_at_a_time(batch_size),
             **options,
         )
 
 
 def duplicates_of(
-    attributor: Attributor, recipe: Recipe, *, count: int, strategy: Any = "ekfac", seed: int = 0, **inverse: Any
+    attributor: Attributor,
+    recipe: Recipe,
+    *,
+    count: int,
+    strategy: Any = "ekfac",
+    seed: int = 0,
+    batch_size: Size = "auto",
+    **inverse: Any,
 ) -> dict[str, DuplicateRanks]:
     """Ask for `count` training rows themselves and say where each one comes in its own ranking.
 
@@ -251,7 +183,7 @@ def duplicates_of(
     """
     rows = sample_rows(len(recipe.train), min(count, len(recipe.train)), seed=seed)
     asked = [recipe.train[row] for row in rows]
-    options: dict[str, Any] = {"name": "duplicates", "overwrite": True}
+    options: dict[str, Any] = {"name": "duplicates", "batch_size": batch_size, "overwrite": True}
     found = {
         strategy: attributor.scores(asked, recipe.train, strategy=strategy, **inverse, **options).values,
         "gradient cosine": attributor.scores(asked, recipe.train, strategy="identity", normalize="cosine", **options).values,
@@ -260,17 +192,20 @@ def duplicates_of(
     return {name: duplicate_ranks(scores, rows) for name, scores in found.items()}
 
 
-def suspicious_orders(attributor: Attributor, recipe: Recipe, *, strategy: Any = "ekfac", **inverse: Any) -> dict[str, Tensor]:
+def suspicious_orders(
+    attributor: Attributor, recipe: Recipe, *, strategy: Any = "ekfac", batch_size: Size = "auto", **inverse: Any
+) -> dict[str, Tensor]:
     """Return rankings `[train]` of suspicious rows, high for rows to look at first: self-influence, gradient norm, loss, chance.
 
     `inverse` is damping and response, as of `Attributor.self_influence`.
     """
     # Names of their own: what whence self keeps is not replaced.
-    values = attributor.self_influence(recipe.train, strategy=strategy, name="mislabeled", overwrite=True, **inverse)
-    norms = attributor.self_influence(recipe.train, strategy="identity", name="gradient-norm", overwrite=True)
+    options: dict[str, Any] = {"batch_size": batch_size, "overwrite": True}
+    values = attributor.self_influence(recipe.train, strategy=strategy, name="mislabeled", **options, **inverse)
+    norms = attributor.self_influence(recipe.train, strategy="identity", name="gradient-norm", **options)
     return {
         "self-influence": values.double(),
         "gradient norm": norms.double(),
-        "loss": row_losses(attributor, recipe),
-        "random": torch.rand(len(recipe.train), generator=torch.Generator().manual_seed(0), dtype=torch.float64),
+        "loss": row_losses(attributor, recipe, batch_size=batch_size),
+        "random": torch.rand(len(recipe.train), generator=torch.Generator().manual_seed(attributor.seed), dtype=torch.float64),
     }
