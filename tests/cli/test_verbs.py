@@ -27,6 +27,12 @@ def scored(run: Any, *options: str) -> None:
     assert done.status == 0, done.err
 
 
+def changed(here: Path, what: str, into: str) -> None:
+    """Write another recipe.py; of another size, since compiled files are told apart by the second and the size."""
+    path = here / "recipe.py"
+    path.write_text(path.read_text(encoding="utf-8").replace(what, into), encoding="utf-8")
+
+
 def library(here: Path, strategy: str = "ekfac") -> tuple[whence.Attributor, whence.Recipe]:
     recipe = whence.load_recipe(f"{here}/{MINE}")
     attributor = whence.Attributor(recipe.model, recipe.task, progress=False)
@@ -130,6 +136,29 @@ def test_top_is_readable(run: Any) -> None:
     assert lines[1] == "  proponents"
     assert len(lines) == 5 * 4
     assert "queries 0 to 4 of 7" in done.err
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ("train=rows(23, 1)|train=rows(23, 55)", "other training rows"),
+        ("queries=rows(7, 2)|queries=rows(7, 55)", "other queries"),
+        ("train=rows(23, 1)|train=rows(23, 1)[::-1]", "other training rows"),
+    ],
+)
+def test_top_refuses_scores_of_other_rows(run: Any, here: Path, change: str, what: str) -> None:
+    scored(run)
+    changed(here, *change.split("|"))
+    done = run("top", MINE)
+    assert (done.status, done.out) == (2, "")
+    assert f"runs/tiny/scores/ekfac holds scores of {what} than recipe tiny has now, though as many. Score again" in done.err
+    assert done.err.count("\n") == 1, "one line"
+
+
+def test_top_lists_scores_of_a_model_that_has_changed(run: Any, here: Path) -> None:
+    scored(run)
+    changed(here, "manual_seed(0)", "manual_seed(11)")
+    assert run("top", MINE).status == 0, "it reads, and names the rows that were scored"
 
 
 def test_a_recipe_without_descriptions_shows_numbers(run: Any) -> None:

@@ -10,7 +10,7 @@ from whence.cli import output
 from whence.cli.opening import Flat, RecipeName, open_recipe, open_snapshots, run_folder
 from whence.cli.options import DataOptions, FitOptions, InverseOptions, KeepOptions, ListOptions, ScoreOptions, Strategy
 from whence.cli.values import Count, Numbers, Switch, parse_damping, parse_response
-from whence.errors import ConfigError, MismatchError
+from whence.errors import ConfigError
 
 if TYPE_CHECKING:
     from whence.attributor import Attributor
@@ -166,9 +166,9 @@ def top(
         run_dir: Run folder. Default: runs/NAME, after the recipe's name.
         json: Print the data as JSON.
     """
+    from whence.evidence.saved import scores_to_list
     from whence.evidence.scoring import usual_name
     from whence.recipes.base import load_recipe
-    from whence.scores.matrix import Scores
 
     found = load_recipe(recipe, **data.given())
     usual = usual_name(found)
@@ -179,8 +179,7 @@ def top(
             f"{folder} does not exist: there are no {strategy or usual} scores to list. Run first: whence score {recipe}{like}, "
             f"or name another --run-dir, --strategy or --name (exact, or {strategy or 'ekfac'}-cg, for a solver's)."
         )
-    scores = Scores.load(folder)
-    _check_sizes(found, scores, folder)
+    scores = scores_to_list(folder, found)
     chosen = _chosen(scores, query)
     listed = [_for_query(found, scores, q, listing) for q in chosen]
     lines = [line for entry in listed for line in _query_lines(entry)]
@@ -196,21 +195,6 @@ def _scores_folder(run_dir: Path, strategy: str) -> Path:
 def _finish(attributor: Attributor, values: dict[str, Any], run: KeepOptions) -> None:
     output.data(output.facts(values), values | {"coverage": output.coverage_facts(attributor)}, as_json=run.json)
     output.closing(attributor)
-
-
-def _check_sizes(found: Recipe, scores: Scores, folder: Path) -> None:
-    """Saved scores name rows by number; with other data they would name other rows."""
-    if scores.sums_rows:
-        raise ConfigError(f"{folder} holds sums over training rows, so there are no rows to list. Score again without --aggregate rows.")
-    queries, train = scores.values.shape
-    stored = (queries, scores.trained_rows or train)
-    listed = scores.query_rows is not None or scores.settings.get("aggregate") == "queries"
-    present = (queries if listed else len(found.queries), len(found.train))
-    if present != stored:
-        raise MismatchError(
-            f"{folder} holds scores of {stored[0]} queries and {stored[1]} training rows; recipe {found.name} now has {present[0]} and "
-            f"{present[1]}. Score again, or use the recipe as it was."
-        )
 
 
 def _chosen(scores: Scores, query: list[int] | None) -> list[int]:

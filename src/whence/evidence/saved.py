@@ -1,4 +1,4 @@
-"""Scores that were saved, to be judged: they must be of the model and the rows at hand."""
+"""Scores that were saved, to be judged or listed: they must be of the rows at hand, and to be judged of the model too."""
 
 from __future__ import annotations
 
@@ -23,9 +23,33 @@ def saved_scores(attributor: Attributor, recipe: Recipe, names: Sequence[str]) -
         ConfigError: there are none of a name. MismatchError: they are of another model, of other rows, or of some of them.
     """
     folders = {name: _folder(attributor, name) for name in names}
-    rows = {"train": fingerprint_rows(recipe.train), "queries": fingerprint_rows(recipe.queries)}
-    now = {"model": fingerprint_model(recipe.model), **rows}
+    now = {"model": fingerprint_model(recipe.model), **_rows_of(recipe)}
     return {name: _checked(folder, recipe, now).values for name, folder in folders.items()}
+
+
+def scores_to_list(folder: Path, recipe: Recipe) -> Scores:
+    """Read scores of all or some of a recipe's rows. They name rows by number; with other data they would name other rows.
+
+    Raises:
+        ConfigError: they are sums over training rows. MismatchError: they are of other rows.
+    """
+    scores = Scores.load(folder)
+    if scores.sums_rows:
+        raise ConfigError(f"{folder} holds sums over training rows, so there are no rows to list. Score again without --aggregate rows.")
+    queries, train = scores.values.shape
+    stored = (queries, scores.trained_rows or train)
+    listed = scores.query_rows is not None or scores.settings.get("aggregate") == "queries"
+    present = (queries if listed else len(recipe.queries), len(recipe.train))
+    if present != stored:
+        raise MismatchError(
+            f"{folder} holds scores of {stored[0]} queries and {stored[1]} training rows; recipe {recipe.name} now has {present[0]} and "
+            f"{present[1]}. Score again, or use the recipe as it was."
+        )
+    if wrong := _differing(scores, _rows_of(recipe)):
+        raise MismatchError(
+            f"{folder} holds scores of {wrong} than recipe {recipe.name} has now, though as many. Score again, or use the recipe as it was."
+        )
+    return scores
 
 
 def check_same_rows(first: Scores, second: Scores) -> None:
@@ -62,12 +86,20 @@ def _checked(folder: Path, recipe: Recipe, now: Mapping[str, str]) -> Scores:
         )
     if scores.query_rows is not None or scores.train_rows is not None:
         raise MismatchError(f"{folder} holds scores of chosen rows (--query-rows or --train-rows). Score all of them again.")
-    # Over a run, the snapshots were scored; the model they led to is noted apart.
-    of = scores.settings | scores.settings.get("over run", {})
-    wrong = [what for key, what in _WHAT.items() if of.get(key, now[key]) != now[key]]
-    if wrong:
+    if wrong := _differing(scores, now):
         raise MismatchError(
-            f"{folder} holds scores of {' and '.join(wrong)} than recipe {recipe.name} has now. Score anew, or give "
-            "the run folder of this model."
+            f"{folder} holds scores of {wrong} than recipe {recipe.name} has now. Score anew, or give the run folder of this model."
         )
     return scores
+
+
+def _rows_of(recipe: Recipe) -> dict[str, str]:
+    """Return fingerprints of the rows at hand."""
+    return {"train": fingerprint_rows(recipe.train), "queries": fingerprint_rows(recipe.queries)}
+
+
+def _differing(scores: Scores, now: Mapping[str, str]) -> str:
+    """Say what scores are of that is not what is at hand now; nothing if all is the same."""
+    # Over a run, the snapshots were scored; the model they led to is noted apart.
+    of = scores.settings | scores.settings.get("over run", {})
+    return " and ".join(_WHAT[key] for key, value in now.items() if of.get(key, value) != value)
