@@ -6,6 +6,7 @@ import importlib
 import json
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -103,6 +104,24 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "swag": ("swag", {"max_length": 32}),
     "wikitext": ("wikitext", {"max_length": 16}),
 }
+
+
+# Those of them that the command line is tried on, and options of whence train for another.
+NAMES = {"sst2": "glue", "swag": "swag", "wikitext": "wikitext"}
+TINY = ("--preset", "tiny", "--num-train-epochs", "1", "--train-batch-size", "8")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Folders of data, trained models, and runs that are fitted and scored."""
+
+    data: Path
+    models: Path
+    runs: Path
+
+    def options(self, name: str) -> list[str]:
+        """Return the options of a verb on one of the models; the last is the run folder."""
+        return [NAMES[name], "--checkpoint-dir", str(self.models / name), "--run-dir", str(self.runs / name)]
 
 
 def trained(name: str, data: Path | str, folder: Path, *, snapshots: int = 2, settings: Row | None = None, **training: Any) -> Recipe:

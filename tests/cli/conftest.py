@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import finetuned
 from whence.cli.main import main
 
 RECIPE = """
@@ -105,3 +106,22 @@ def run(here: Path, capsys: pytest.CaptureFixture[str]) -> Run:
         return Done(status=status, out=streams.out, err=streams.err)
 
     return call
+
+
+@pytest.fixture
+def offline_and_quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `finetuned.offline_and_quick`."""
+    finetuned.offline_and_quick(monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory: pytest.TempPathFactory) -> finetuned.Place:
+    """Train, fit and score a tiny model of every family, once for all tests; they leave it as it is."""
+    folder = tmp_path_factory.mktemp("finetuned")
+    found = finetuned.Place(data=finetuned.write_data(folder / "data"), models=folder / "models", runs=folder / "runs")
+    for name in finetuned.NAMES:
+        finetuned.trained(name, found.data, found.models / name)
+        for verb in ("fit", "score"):
+            assert main([verb, *found.options(name), "--strategy", "ekfac"]) == 0
+    assert main(["score", *found.options("sst2"), "--strategy", "identity"]) == 0
+    return found

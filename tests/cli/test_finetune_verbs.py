@@ -1,11 +1,8 @@
-"""Every verb on models that `whence train` trains: what it prints, writes and refuses."""
+"""Fitting, scoring, listing and cleaning with models that `whence train` trains, and what is refused."""
 
 from __future__ import annotations
 
-import json
-import re
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,115 +12,16 @@ from pyarrow import parquet
 
 import finetuned
 import whence
+from commands import done, refused
+from finetuned import NAMES, TINY, Place
 from whence.checkpoints import load_checkpoint
-from whence.cli.main import main
 from whence.errors import WhenceError
 from whence.recipes.base import load_recipe
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 pytest.importorskip("datasets")
-
-NAMES = {"sst2": "glue", "swag": "swag", "wikitext": "wikitext"}
-TINY = ("--preset", "tiny", "--num-train-epochs", "1", "--train-batch-size", "8")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """Folders of data, trained models, and runs that are fitted and scored."""
-
-    data: Path
-    models: Path
-    runs: Path
-
-    def options(self, name: str) -> list[str]:
-        return [NAMES[name], "--checkpoint-dir", str(self.models / name), "--run-dir", str(self.runs / name)]
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    folder = tmp_path_factory.mktemp("finetuned")
-    found = Place(data=finetuned.write_data(folder / "data"), models=folder / "models", runs=folder / "runs")
-    for name in NAMES:
-        finetuned.trained(name, found.data, found.models / name)
-        for verb in ("fit", "score"):
-            assert main([verb, *found.options(name), "--strategy", "ekfac"]) == 0
-    assert main(["score", *found.options("sst2"), "--strategy", "identity"]) == 0
-    return found
-
-
-@pytest.fixture(autouse=True)
-def surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
-    finetuned.offline_and_quick(monkeypatch)
-
-
-def done(run: Any, *arguments: Any) -> Any:
-    result = run(*map(str, arguments))
-    assert result.status == 0, result.err
-    return result
-
-
-def refused(run: Any, *arguments: Any) -> str:
-    result = run(*map(str, arguments))
-    assert result.status == 2, (result.status, result.err)
-    assert result.out == ""
-    assert result.err.startswith("whence: ")
-    assert result.err.count("\n") == 1, "one line"
-    return result.err
-
-
-# --------------------------------------------------------------------------------------------- train
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_train_saves_a_model_and_says_how_good_it_is(run: Any, here: Path, place: Place, name: str) -> None:
-    options = ["train", NAMES[name], "--data", place.data, *TINY, "--max-length", 16, "--checkpoint-dir", "ck", "--snapshots", 2]
-    result = done(run, *options, "--json")
-    found = load_recipe(NAMES[name], checkpoint_dir=here / "ck")
-    assert result.data["recipe"] == found.name
-    assert result.data["checkpoint_dir"] == "ck"
-    assert result.data["train"] == len(found.train)
-    assert result.data["queries"] == len(found.queries)
-    assert ("perplexity" if name == "wikitext" else "accuracy") in result.data
-    assert len(found.snapshots) == 2
-    assert "Train" in result.err
-    message = refused(run, *options)
-    assert "ck is not empty. Give a new folder as --checkpoint-dir, or --overwrite to replace" in message
-    text = done(run, *options, "--overwrite").out
-    assert [line.split()[0] for line in text.splitlines()][:2] == ["recipe", "checkpoint"]
-
-
-def test_train_takes_all_its_options(run: Any, here: Path, place: Place) -> None:
-    (here / "options.yaml").write_text("preset: tiny\nnum-train-epochs: 1\nfreeze: ['*embeddings*']\nflip: 0.25\n", encoding="utf-8")
-    options = ["--learning-rate", "1e-3", "--weight-decay", 0, "--dropout", 0, "--seed", 3, "--lr-scheduler-type", "cosine"]
-    options += ["--max-train-rows", 16, "--max-query-rows", 4, "--measurement", "loss", "--warmup-ratio", 0.1, "--eval-batch-size", 2]
-    result = done(run, "train", "glue", "--task", "rte", "--data", place.data, "--config", "options.yaml", *options, "--json")
-    assert result.data["checkpoint_dir"] == "checkpoints/glue"
-    assert (result.data["train"], result.data["queries"]) == (16, 4)
-    record = json.loads((here / "checkpoints/glue/whence.json").read_text(encoding="utf-8"))
-    training = {"learning_rate": 1e-3, "weight_decay": 0, "dropout": 0, "seed": 3, "lr_scheduler_type": "cosine", "warmup_ratio": 0.1}
-    assert training.items() <= record["training"].items()
-    assert record["training"]["freeze"] == ["*embeddings*"]
-    expected = {"task": "rte", "flip": 0.25, "measurement": "loss", "max_train_rows": 16}
-    assert expected.items() <= record["data"].items()
-    found = load_recipe("glue", checkpoint_dir=here / "checkpoints/glue")
-    assert found.flipped is not None
-    assert found.flipped.sum() == 4
-
-
-def test_train_on_data_of_ones_own(run: Any, here: Path) -> None:
-    for split, count in (("train", 12), ("validation", 4)):
-        rows = [{"words": f"word {n}", "more": "again", "kind": ["ash", "oak", "elm"][n % 3]} for n in range(count)]
-        finetuned.write_lines(here / "own" / f"{split}.jsonl", rows)
-    options = ["--data", "own", "--columns", "words,more", "--label", "kind", "--checkpoint-dir", "ck"]
-    assert done(run, "train", "glue", *options, *TINY, "--json").data["train"] == 12
-    found = load_recipe("glue", checkpoint_dir=here / "ck")
-    assert found.describe is not None
-    assert found.describe(found.train[1]) == "words: word 1\nmore: again\nkind: 2 (oak)"
-    done(run, "fit", "glue", "--checkpoint-dir", "ck", "--strategy", "diagonal")
-
-
-# ------------------------------------------------------------------------------------ fit, score, list
+pytestmark = pytest.mark.usefixtures("offline_and_quick")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -244,101 +142,6 @@ def test_plan_writes_nothing(run: Any, here: Path, place: Place) -> None:
     assert not (here / "planned").exists()
 
 
-# ------------------------------------------------------------------------------------------- evaluate
-
-BASELINES = {"random", "bm25", "embedding", "gradient cosine", "loss"}
-
-
-@pytest.mark.parametrize("name", ["sst2", "wikitext"])
-def test_lds(run: Any, place: Place, name: str) -> None:
-    names = "ekfac,identity" if name == "sst2" else "ekfac"
-    options = ["evaluate", "lds", *place.options(name), "--scores", names, "--masks", 3, "--repeats", 2 if name == "sst2" else 1]
-    result = done(run, *options, "--json")
-    methods = result.data["methods"]
-    assert result.data["subsets"] == 3
-    assert {*names.split(","), *BASELINES} <= set(methods)
-    assert sum("signed" in method for method in methods) == (2 if name == "sst2" else 0)
-    assert all(-1 <= one["lds"] <= 1 for one in methods.values())
-    assert (result.data["reliability"] is None) == (name == "wikitext"), "one repeat tells nothing of the noise"
-
-
-def test_lds_as_a_table(run: Any, place: Place) -> None:
-    """From the retrains of the test before, if it ran: finished ones are found again."""
-    options = ["evaluate", "lds", *place.options("wikitext"), "--scores", "ekfac", "--masks", 3, "--repeats", 1]
-    text = done(run, *options)
-    assert text.out.startswith("LDS on 3 subsets, 1 retrains each, ")
-    assert "reliability unknown with one repeat" in text.out
-    assert all(f"\n{method} " in text.out for method in ("ekfac", *BASELINES))
-    assert "nan" not in text.out
-
-
-def test_counterfactual_of_all_queries(run: Any, here: Path, place: Place) -> None:
-    options = ["evaluate", "counterfactual", *place.options("wikitext"), "--scores", "ekfac", "--remove", "2,4", "--mode", "sum"]
-    result = done(run, *options, "--repeats", 1, "--plot", "removed.svg", "--json")
-    assert {effect["method"] for effect in result.data["effects"]} >= {"ekfac", "bm25", "random"}
-    assert all(effect["perplexity"] is not None for effect in result.data["effects"])
-    assert (here / "removed.svg").stat().st_size > 1000
-    assert "Perplexity" in done(run, *options, "--repeats", 1).out
-
-
-def test_counterfactual_of_each_query(run: Any, place: Place) -> None:
-    found = load_recipe("glue", checkpoint_dir=place.models / "sst2")
-    assert found.collate is not None
-    with torch.no_grad():
-        margins = found.task.measurement(found.model, found.collate(list(found.queries)))
-    chosen = margins.argsort()[:2].tolist()  # what is read rightly, or nearly
-    options = ["evaluate", "counterfactual", *place.options("sst2"), "--scores", "ekfac", "--remove", 3, "--repeats", 1]
-    result = done(run, *options, "--queries", f"{chosen[0]},{chosen[1]}", "--json")
-    assert {*result.data["queries"], *result.data["left_out"]} == set(chosen)
-    assert all(effect["flipped"] is not None for effect in result.data["effects"])
-    worst = int(margins.argmax())
-    message = refused(run, *options, "--queries", worst)
-    assert "none of 1 queries is classified right" in message
-
-
-def test_agreement_draws(run: Any, here: Path, place: Place) -> None:
-    folders = [place.runs / "sst2" / "scores" / name for name in ("ekfac", "identity")]
-    result = done(run, "evaluate", "agreement", *folders, "--plot", "both.png", "--query", "0,2", "--json")
-    assert -1 <= result.data["spearman"]["mean"] <= 1
-    assert (here / "both.png").stat().st_size > 1000
-    same = done(run, "evaluate", "agreement", folders[0], folders[0])
-    assert "1.0000" in same.out
-    message = refused(run, "evaluate", "agreement", *folders, "--query", 99)
-    assert "--query 99: there are 8 queries, numbered from 0 to 7." in message
-
-
-def test_mislabeled(run: Any, here: Path, place: Place) -> None:
-    options = ["evaluate", "mislabeled", *place.options("sst2")]
-    result = done(run, *options, "--plot", "found.png", "--json")
-    assert result.data["flipped"] == 6
-    assert set(result.data["rankings"]) == {"self-influence", "gradient norm", "loss", "random"}
-    assert all(0 <= one["auc"] <= 1 for one in result.data["rankings"].values())
-    assert (here / "found.png").stat().st_size > 1000
-    assert done(run, *options).out.startswith("6 of 24 labels are wrong;")
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_tail_patch(run: Any, place: Place, name: str) -> None:
-    options = ["evaluate", "tail-patch", *place.options(name), "--scores", "ekfac", "--k", 3, "--queries", "0,1"]
-    result = done(run, *options, "--json")
-    assert result.data["recipe"]
-    text = done(run, *options).out
-    assert text.startswith("2 queries, their measurement ")
-    assert "gradient cosine" in text
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_duplicates(run: Any, place: Place, name: str) -> None:
-    options = ["evaluate", "duplicates", *place.options(name), "--count", 5]
-    result = done(run, *options, "--json")
-    assert set(result.data["scores"]) == {"ekfac", "gradient cosine", "random"}
-    assert result.data["scores"]["gradient cosine"]["queries"] == 5
-    assert "gradient cosine" in done(run, *options).out
-
-
-# ---------------------------------------------------------------------------------------------- clean
-
-
 @pytest.mark.parametrize("out", ["cleaned.parquet", "cleaned.jsonl", "cleaned"])
 def test_clean_and_train_on_what_is_left(run: Any, here: Path, place: Place, out: str) -> None:
     result = done(run, "clean", *place.options("sst2"), "--fraction", 0.25, "--out", out, "--json")
@@ -376,8 +179,6 @@ def test_clean_says_what_it_bought(run: Any, place: Place) -> None:
     assert "random rows dropped" in done(run, *options, "--out", "b.parquet").out
 
 
-# ------------------------------------------------------------------------------------------ bad input
-
 USAGE = {
     "unknown task": (["train", "glue", "--task", "sts2"], ["--task sts2 is none of GLUE's; choose cola, mnli"]),
     "unknown recipe": (["train", "digits"], ["digits", "glue", "swag", "wikitext"]),
@@ -413,21 +214,6 @@ def test_usage_errors(run: Any, name: str) -> None:
         assert text in message
 
 
-def test_scores_that_are_not_there(run: Any, place: Place) -> None:
-    message = refused(run, "evaluate", "lds", *place.options("sst2"), "--scores", "ekfacc")
-    assert "there are no scores 'ekfacc' in " in message
-    assert re.search(r"; it has [\w, -]*ekfac, [\w, -]*identity\. Run whence score first\.", message)
-    message = refused(run, "evaluate", "tail-patch", *place.options("sst2"), "--scores", "ekfac", "--max-train-rows", 5)
-    assert "holds scores of 8 queries and 24 rows; recipe glue-sst2 has 8 and 5. Score all of them again." in message
-    message = refused(run, "evaluate", "tail-patch", *place.options("sst2"), "--scores", "ekfac", "--queries", "0,99")
-    assert "99" in message
-
-
-def test_wrong_labels_that_nobody_made(run: Any, place: Place) -> None:
-    message = refused(run, "evaluate", "mislabeled", *place.options("swag"))
-    assert "recipe swag-swag has no labels that were made wrong on purpose. Train one with whence train --flip 0.1." in message
-
-
 def test_a_checkpoint_of_ones_own_lacks_what_training_keeps(run: Any, here: Path, place: Place) -> None:
     shutil.copytree(place.models / "sst2", here / "own", ignore=shutil.ignore_patterns("whence.json", "start", "snapshots", "second_*"))
     options = ["glue", "--task", "sst2", "--max-length", 16, "--data", place.data, "--checkpoint-dir", "own", "--run-dir", "mine"]
@@ -450,21 +236,6 @@ def test_a_model_of_another_recipe_and_one_that_is_not_finished(run: Any, here: 
     (here / "half" / "whence.json").unlink()
     message = refused(run, "fit", "swag", "--checkpoint-dir", "half")
     assert "half is of a training that did not end. Train again: whence train swag" in message
-
-
-def test_the_hub_out_of_reach(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    message = refused(run, "train", "swag", "--preset", "tiny")
-    assert "the data set 'allenai/swag' cannot be had from the Hugging Face hub" in message
-    assert "--data FOLDER (or WHENCE_DATA)" in message
-
-
-def test_a_model_out_of_reach(run: Any, place: Place) -> None:
-    message = refused(run, "train", "glue", "--data", place.data, "--max-train-rows", 4)
-    assert "the model 'google-bert/bert-base-cased' cannot be loaded" in message
-    assert "--preset small" in message
 
 
 def test_recipes_take_the_same_options_in_python(place: Place) -> None:

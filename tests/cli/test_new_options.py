@@ -11,6 +11,7 @@ import torch
 from pyarrow import parquet
 
 import whence
+from commands import done
 
 MINE = "recipe.py:tiny"
 WORDS = "words.py:words"
@@ -54,12 +55,6 @@ def words():
 @pytest.fixture
 def words(here: Path) -> None:
     (here / "words.py").write_text(TEXT, encoding="utf-8")
-
-
-def done(run: Any, *arguments: str) -> Any:
-    result = run(*arguments)
-    assert result.status == 0, result.err
-    return result
 
 
 def recipe(here: Path, spec: str = MINE) -> whence.Recipe:
@@ -369,40 +364,3 @@ def test_a_solver_without_a_positive_damping(run: Any) -> None:
     result = run("score", MINE, "--strategy", "identity", "--solver", "exact", "--damping", "0")
     assert result.status in (1, 2)
     assert "damping is zero" in result.err
-
-
-# ---------------------------------------------------------------------------------------------- help
-
-
-HELP = {
-    "fit": ["--fallback", "--batch-size", "--precision", "--compile", "--offload", "--max-examples", "--seed", "--layers"],
-    "score": [
-        "--solver",
-        "--response",
-        "--normalize",
-        "--aggregate",
-        "--query-rank",
-        "--per-token",
-        "--per-layer",
-        "--query-rows",
-        "--train-rows",
-        "--name",
-        "--query-batch-size",
-        "--batch-size",
-        "--precision",
-        "--offload",
-        "--compile",
-        "--fallback",
-    ],
-    "self": ["--on", "--response", "--damping", "--batch-size", "--precision", "--fallback"],
-    "top": ["--name", "--query", "--bottom", "--strategy"],
-}
-
-
-@pytest.mark.parametrize("verb", HELP)
-def test_help_shows_every_option_with_words(run: Any, verb: str) -> None:
-    text = done(run, verb, "--help").out
-    for option in HELP[verb]:
-        lines = [line for line in text.splitlines() if option in line.replace("[", " ").split() or f"{option} " in f"{line} "]
-        assert lines, f"{option} is not in the help of {verb}"
-        assert any(len(line.split(option, 1)[1].split()) > 2 for line in lines), f"{option} has no words"

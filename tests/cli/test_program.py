@@ -18,6 +18,7 @@ import pytest
 
 import finetuned
 import whence
+from commands import done
 from whence.cli import options
 from whence.cli.main import EXAMPLES, VERBS
 
@@ -176,3 +177,37 @@ def test_a_reader_that_has_enough_is_no_error(here: Path) -> None:
     assert done.returncode == 0
     assert "Traceback" not in done.stderr
     assert "BrokenPipe" not in done.stderr
+
+
+HELP = {
+    "fit": ["--fallback", "--batch-size", "--precision", "--compile", "--offload", "--max-examples", "--seed", "--layers"],
+    "score": [
+        "--solver",
+        "--response",
+        "--normalize",
+        "--aggregate",
+        "--query-rank",
+        "--per-token",
+        "--per-layer",
+        "--query-rows",
+        "--train-rows",
+        "--name",
+        "--query-batch-size",
+        "--batch-size",
+        "--precision",
+        "--offload",
+        "--compile",
+        "--fallback",
+    ],
+    "self": ["--on", "--response", "--damping", "--batch-size", "--precision", "--fallback"],
+    "top": ["--name", "--query", "--bottom", "--strategy"],
+}
+
+
+@pytest.mark.parametrize("verb", HELP)
+def test_help_shows_every_option_with_words(run: Any, verb: str) -> None:
+    text = done(run, verb, "--help").out
+    for option in HELP[verb]:
+        lines = [line for line in text.splitlines() if option in line.replace("[", " ").split() or f"{option} " in f"{line} "]
+        assert lines, f"{option} is not in the help of {verb}"
+        assert any(len(line.split(option, 1)[1].split()) > 2 for line in lines), f"{option} has no words"

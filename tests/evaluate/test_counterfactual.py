@@ -1,54 +1,17 @@
-"""Counterfactuals: procedures whose answer is known, what is removed, with which seeds, and how often anything is trained."""
+"""Counterfactuals: which rows are removed, with which seeds, and how often anything is trained."""
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import dataclass, field
 
 import pytest
 import torch
-from rich.console import Console
 from torch import Tensor
 
+from procedures import TRAIN, Additive, additive, printed
 from whence.errors import ConfigError, DataError
 from whence.evaluate.counterfactual import RANDOM, counterfactual
-from whence.evaluate.removal import BASE, RemovalEffect
 from whence.evaluate.retrain import repeat_seed
-
-TRAIN = 12
-
-
-@dataclass
-class Additive:
-    """Every row takes its value off a query's measurement; the seed alone adds noise; remembers what it was asked."""
-
-    values: Tensor
-    start: Tensor
-    noise: float = 0.0
-    stop_at: int | None = None
-    calls: list[tuple[tuple[int, ...], int]] = field(default_factory=list)
-
-    @property
-    def key(self) -> str:
-        return f"additive {self.values.tolist()} {self.start.tolist()} {self.noise}"
-
-    def __call__(self, rows, seed):
-        if len(self.calls) == self.stop_at:
-            raise KeyboardInterrupt
-        self.calls.append((tuple(rows), seed))
-        noise = torch.randn(len(self.start), generator=torch.Generator().manual_seed(seed)).double()
-        return self.start - self.values[:, list(rows)].sum(1) + self.noise * noise
-
-    def removed(self) -> list[tuple[int, ...]]:
-        """The rows that each training lacked."""
-        return [tuple(sorted(set(range(self.values.shape[1])) - set(rows))) for rows, _ in self.calls]
-
-
-def additive(queries: int = 4, rows: int = TRAIN, **options) -> Additive:
-    values = torch.randn(queries, rows, generator=torch.Generator().manual_seed(3)).double()
-    # Trained on all rows every query measures -1: right, by a little.
-    return Additive(values, values.sum(1) - 1, **options)
 
 
 def top_sum(values: Tensor, count: int) -> Tensor:
@@ -73,29 +36,6 @@ def test_each_query_rises_by_what_its_own_rows_were_worth():
         assert effect.rise.low < effect.rise.value < effect.rise.high
         assert effect.mean_removed == count
         assert effect.short == 0
-
-
-def test_a_query_is_flipped_where_more_than_half_of_the_models_misclassify_it():
-    # Without row 0 the measurements are 1, 0.5 and -0.5 plus what the seeds add.
-    values = torch.zeros(3, TRAIN).double()
-    values[:, 0] = torch.tensor([2.0, 1.5, 0.5])
-    noise = {repeat_seed(0, 0, repeat): step for repeat, step in enumerate((-0.6, 0.0, -0.7, 0.4))}
-
-    @dataclass
-    class Stepped(Additive):
-        def __call__(self, rows, seed):
-            # The base stays right whatever the seed.
-            return super().__call__(rows, seed) + (noise[seed] if 0 not in rows else 0.0)
-
-    procedure = Stepped(values, values.sum(1) - 1)
-    result = counterfactual({"exact": values}, procedure, remove=[1], mode="each", repeats=4)
-    assert [(result.after[0, 0, :, query] > 0).sum().item() for query in range(3)] == [4, 2, 0]
-    flipped = result.effect("exact", 1).flipped
-    assert flipped is not None
-    assert flipped.value == pytest.approx(1 / 3), "half of the models is not most of them"
-    # Wilson's interval of 1 in 3.
-    assert (flipped.low, flipped.high) == pytest.approx((0.0615, 0.7923), abs=1e-4)
-    assert result.effect(BASE, 0).flipped.value == 0
 
 
 def test_only_helpful_rows_are_removed_and_the_shortage_is_told():
@@ -211,97 +151,6 @@ def test_the_sum_stops_at_the_last_helpful_row_too():
     assert (result.effect("exact", 2).short, result.effect("exact", 2).mean_removed) == (1, 1.0)
 
 
-def test_perplexity_is_of_all_tokens_together():
-    values = torch.rand(4, TRAIN).double()
-    tokens = torch.tensor([3, 5, 2, 10])
-    procedure = Additive(values, values.sum(1) + 20, noise=0.5)
-    options = {"remove": [3], "mode": "sum", "tokens": tokens}
-    result = counterfactual({"exact": values}, procedure, **options)
-    base, effect = result.effect(BASE, 0), result.effect("exact", 3)
-    assert base.perplexity.value == pytest.approx(math.exp(float(result.base.mean(0).sum()) / 20))
-    assert effect.perplexity.value == pytest.approx(math.exp(float(result.after[0, 0].mean(0).sum()) / 20))
-    assert base.perplexity.low == base.perplexity.value == base.perplexity.high
-    # The interval is that of the difference: it stays off the base, which the noise of the queries alone would not allow.
-    assert base.perplexity.value < effect.perplexity.low < effect.perplexity.value < effect.perplexity.high
-    some = counterfactual({"exact": values}, procedure, queries=[1, 3], **options)
-    assert some.effect(BASE, 0).perplexity.value == pytest.approx(math.exp(float(some.base.mean(0).sum()) / 15))
-    assert "Perplexity" in printed(result)
-
-
-def test_intervals_cover_the_chance_of_training_too():
-    """All queries of one model rise together by chance; more queries do not make that surer."""
-
-    @dataclass
-    class Shaky(Additive):
-        def __call__(self, rows, seed):
-            chance = torch.randn(1, generator=torch.Generator().manual_seed(seed + sum(rows))).double()
-            return super().__call__(rows, seed) + chance
-
-    values = torch.ones(50, TRAIN).double()
-    result = counterfactual({"same": values}, Shaky(values, values.sum(1)), remove=[2], mode="sum", repeats=8)
-    rise = result.effect("same", 2).rise
-    assert rise.high - rise.low > 0.5
-    one = counterfactual({"same": values}, Shaky(values, values.sum(1)), remove=[2], mode="sum", repeats=1)
-    rise = one.effect("same", 2).rise
-    assert rise.high - rise.low == pytest.approx(0), "one repeat says nothing of it"
-
-
-def test_orders_are_compared_in_the_same_samples():
-    procedure = additive(queries=30)
-    worse = procedure.values + 2 * torch.randn(30, TRAIN)
-    result = counterfactual({"exact": procedure.values, "worse": worse}, procedure, remove=[3], mode="each", repeats=1)
-    gain = result.difference("exact", "worse", 3)
-    rises = [result.effect(name, 3).rise for name in ("exact", "worse")]
-    assert gain.value == pytest.approx(rises[0].value - rises[1].value)
-    assert 0 < gain.low < gain.value < gain.high
-    reverse = result.difference("worse", "exact", 3)
-    assert (reverse.value, reverse.low, reverse.high) == pytest.approx((-gain.value, -gain.high, -gain.low))
-    same = result.difference("exact", "exact", 3)
-    assert (same.low, same.value, same.high) == (0, 0, 0)
-    over = [each for each in result.to_json()["differences"] if each["method"] == "exact"]
-    assert over[0]["over"] == RANDOM
-    assert over[0]["rise"]["value"] == pytest.approx(rises[0].value - result.effect(RANDOM, 3).rise.value)
-
-
-@dataclass(frozen=True)
-class Ridge:
-    """Closed-form ridge regression on labels of -1 and 1; a query's measurement is minus its label times the prediction."""
-
-    x: Tensor
-    y: Tensor
-    queries: Tensor
-    labels: Tensor
-    key: str = "ridge"
-
-    def __call__(self, rows, seed):
-        x, y = self.x[list(rows)], self.y[list(rows)]
-        weights = torch.linalg.solve(x.T @ x + torch.eye(x.shape[1]).double(), x.T @ y)
-        return -self.labels * (self.queries @ weights)
-
-
-def ridge(generator_seed: int = 0) -> Ridge:
-    generator = torch.Generator().manual_seed(generator_seed)
-    truth = torch.randn(5, generator=generator).double()
-    x, queries = (torch.randn(count, 5, generator=generator).double() for count in (40, 15))
-    return Ridge(x=x, y=torch.sign(x @ truth), queries=queries, labels=torch.sign(queries @ truth))
-
-
-def test_rows_whose_removal_was_tried_one_by_one_hurt_more_than_random_ones():
-    procedure = ridge()
-    everything = list(range(40))
-    alone = torch.stack([procedure([row for row in everything if row != gone], 0) for gone in everything], dim=1)
-    exact = alone - procedure(everything, 0).unsqueeze(1)
-    result = counterfactual({"removal": exact, "reversed": -exact}, procedure, remove=[1, 5, 10], mode="each", repeats=1)
-    for query, measured in zip(result.queries, result.after[0, 0, 0], strict=True):
-        assert measured == pytest.approx(float(alone[query].max())), "one row less is what the scores were made of"
-    for count in (1, 5, 10):
-        assert result.difference("removal", RANDOM, count).low > 0
-        assert result.difference("reversed", RANDOM, count).high < 0
-    flipped = [result.effect("removal", count).flipped.value for count in (1, 5, 10)]
-    assert flipped == sorted(flipped)
-    assert flipped[-1] > result.effect(RANDOM, 10).flipped.value
-
-
 def test_nothing_is_trained_twice_and_what_was_interrupted_goes_on(tmp_path):
     options = {"remove": [1, 3], "mode": "each", "repeats": 2, "folder": tmp_path}
     first = additive(rows=1000, stop_at=10)
@@ -321,36 +170,6 @@ def test_nothing_is_trained_twice_and_what_was_interrupted_goes_on(tmp_path):
     assert third.calls == [], "the same rows by another name are the same trainings"
     counterfactual(orders, third, **(options | {"remove": [1, 2, 3]}))
     assert len(third.calls) == 2 * 2 * 4
-
-
-def test_the_result_as_json_and_as_a_table():
-    procedure = additive()
-    result = counterfactual({"exact": procedure.values}, procedure, remove=[1, 11], mode="each", repeats=1, seed=2)
-    plain = json.loads(json.dumps(result.to_json(), allow_nan=False))
-    assert [(each["method"], each["removed"]) for each in plain["effects"]] == [
-        (BASE, 0),
-        ("exact", 1),
-        ("exact", 11),
-        (RANDOM, 1),
-        (RANDOM, 11),
-    ]
-    assert plain["effects"][0]["rise"] == {"value": 0, "interval": [0, 0]}
-    assert plain["settings"] == {"key": procedure.key, "seed": 2, "train": TRAIN}
-    assert isinstance(result.effects[0], RemovalEffect)
-    text = printed(result)
-    assert "4 queries, repeats: 1" in text
-    assert "11 (mean " in text
-    single = counterfactual({"exact": procedure.values}, procedure, remove=[1], mode="each", queries=[0], repeats=1)
-    assert single.to_json()["effects"][1]["rise"]["interval"] is None
-    with pytest.raises(ConfigError, match=r"no removal of 5 rows by 'exact'; there are removals of 1, 11 rows by 'exact', 'random'"):
-        result.effect("exact", 5)
-
-
-def printed(result) -> str:
-    console = Console(width=200, record=True, quiet=False, file=None)
-    with console.capture() as capture:
-        console.print(result.table())
-    return capture.get()
 
 
 @pytest.mark.parametrize(
