@@ -31,14 +31,7 @@ def fit(
 ) -> None:
     """Fit the curvature of a recipe's model on its training rows and store it in the run folder."""
     attributor, found = open_recipe(recipe, run, data)
-    attributor.fit(
-        found.train,
-        strategy=fitting.strategy,
-        empirical=fitting.empirical,
-        batch_size=run.batch_size,
-        max_examples=fitting.max_examples,
-        overwrite=run.overwrite,
-    )
+    attributor.fit(found.train, batch_size=run.batch_size, overwrite=run.overwrite, **vars(fitting))
     values = {"recipe": found.name, "run_dir": str(run_folder(found, run)), "strategy": fitting.strategy, "empirical": fitting.empirical}
     _finish(attributor, values, run)
 

@@ -33,21 +33,15 @@ def plan(
         raise ConfigError("--over-run is not planned yet: it costs what one set of scores does, times the snapshots. Leave --over-run out.")
     response = parse_response(responding.response)
     attributor, found = open_recipe(recipe, run, data)
+    asked = {name: value for name, value in vars(scoring).items() if name not in ("solver", "over_run", "query_rows", "train_rows")}
     made = attributor.plan(
         _some(found.train, scoring.train_rows, "training"),
         _some(found.queries, scoring.query_rows, "query") if len(found.queries) else None,
-        strategy=fitting.strategy,
-        empirical=fitting.empirical,
-        max_examples=fitting.max_examples,
         response=response,
-        query_rank=scoring.query_rank,
-        normalize=scoring.normalize,
-        per_layer=scoring.per_layer,
-        per_token=scoring.per_token,
-        aggregate=scoring.aggregate,
         on=on,
-        query_batch_size=scoring.query_batch_size,
         batch_size=run.batch_size,
+        **vars(fitting),
+        **asked,
     )
     values = {"recipe": found.name, **made.to_json(), "coverage": output.coverage_facts(attributor)}
     output.data([*output.rendered(made.table()), *made.lines()], values, as_json=run.json)
