@@ -99,7 +99,7 @@ def _set_dropout(config: Any, dropout: float | None) -> None:
 def make_tokenizer(style: TokenizerStyle, texts: Iterator[str], size: PresetName) -> Any:
     """Return a tokenizer made from text: pairs of bytes, in lower case for bert, framed as the style's models expect.
 
-    Not word pieces, as BERT's own: the same text gives other ones every time (tokenizers 0.22).
+    Not word pieces, as BERT's own: the same text gives other ones every time (tokenizers 0.23).
     """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
