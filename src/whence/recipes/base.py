@@ -24,9 +24,9 @@ from whence.tasks import Task
 # Name -> module and object; the module is imported when the recipe is asked for.
 BUILT_IN = {
     "digits": ("whence.recipes.digits", "digits"),
-    "glue": ("whence.recipes.glue", "glue"),
-    "swag": ("whence.recipes.swag", "swag"),
-    "wikitext": ("whence.recipes.wikitext", "wikitext"),
+    "glue": ("whence.recipes.families", "glue"),
+    "swag": ("whence.recipes.families", "swag"),
+    "wikitext": ("whence.recipes.families", "wikitext"),
 }
 
 _FORM = "A recipe is a whence.Recipe, or a function without required arguments that returns one."

@@ -12,6 +12,8 @@ from whence.recipes.settings import DataSettings, PresetName
 
 _OFFSET = ("roberta", "camembert", "longformer")  # models that count positions from the padding token on
 TokenizerStyle = Literal["bert", "roberta", "gpt2"]
+SIZES: dict[PresetName, tuple[int, int]] = {"tiny": (2, 64), "small": (4, 256)}
+"""Layers and width of the small random models."""
 
 
 class Family(Protocol):
@@ -99,12 +101,35 @@ def label_number(config: Any, value: Any, number: int) -> int:
     classes = int(config.num_labels)
     if isinstance(value, str) and value in known:
         return known[value]
-    if isinstance(value, str) and value.isdecimal():
-        value = int(value)
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < classes:
+    found = class_number(value, classes)
+    if found is None:
         names = ", ".join(map(str, list(known)[:8]))
         raise DataError(f"row {number} has the label {value!r}; the model's {classes} classes are 0 to {classes - 1} ({names}).")
-    return value
+    return found
+
+
+def class_number(value: Any, classes: int) -> int | None:
+    """Return a label that is a whole number, or the digits of one, as the number of a class; None: there is no such class."""
+    number = int(value) if isinstance(value, str) and value.isdecimal() else value
+    return number if isinstance(number, int) and not isinstance(number, bool) and 0 <= number < classes else None
+
+
+def encoder_sizes(size: PresetName, tokenizer: Any) -> dict[str, Any]:
+    """Return what the configurations of small BERTs and RoBERTas have in common."""
+    layers, width = SIZES[size]
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": width // 32,
+        "intermediate_size": 4 * width,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+def positions(data: DataSettings) -> int:
+    """Return how many tokens a small model reads at most."""
+    return max(int(data.max_length or 0), 16)
 
 
 def check_length(config: Any, length: int | None) -> None:

@@ -23,7 +23,7 @@ from whence.recipes.base import Recipe
 from whence.recipes.family import Family
 from whence.recipes.retraining import START, retraining
 from whence.recipes.rows import DATA_VARIABLE, Row
-from whence.recipes.settings import DataSettings, TrainingSettings, to_json
+from whence.recipes.settings import DataSettings, TrainingSettings, data_settings, to_json
 from whence.recipes.splits import collate_of, encode_train, read_splits, read_train, task_of
 from whence.recipes.start import make_start
 from whence.recipes.training import Trained, freeze, train_model
@@ -83,6 +83,11 @@ def train_recipe(
         _keep(folder, trained)
         write_json_atomic(folder / RECORD, _to_record(family, data, training, trained, len(rows)))
     return open_finetuned(family, folder, DataSettings())
+
+
+def open_checkpoint(family: Family, /, *, checkpoint_dir: str | Path | None = None, **data: Any) -> Recipe:
+    """Open a model trained by `whence train`, or a checkpoint of your own; see `DataSettings` for the options."""
+    return open_finetuned(family, checkpoint_dir, data_settings(data))
 
 
 def open_finetuned(family: Family, checkpoint_dir: str | Path | None, data: DataSettings) -> Recipe:

@@ -14,15 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 from whence.errors import ConfigError
-from whence.recipes.base import Recipe
-from whence.recipes.family import Labels, TokenizerStyle, check_length, label_number
-from whence.recipes.finetune import open_finetuned
+from whence.recipes.family import Labels, TokenizerStyle, check_length, encoder_sizes, label_number, positions
 from whence.recipes.rows import Row, Source, need_columns
-from whence.recipes.settings import DataSettings, PresetName, data_settings
+from whence.recipes.settings import DataSettings, PresetName
 
 HUB = "nyu-mll/glue"
 
@@ -134,18 +131,4 @@ class Glue:
         """Return a BERT of 2 layers 64 wide (tiny) or 4 layers 256 wide (small)."""
         from transformers import BertConfig
 
-        layers, width = {"tiny": (2, 64), "small": (4, 256)}[size]
-        return BertConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=width,
-            num_hidden_layers=layers,
-            num_attention_heads=width // 32,
-            intermediate_size=4 * width,
-            max_position_embeddings=max(int(data.max_length or 0), 16),
-            pad_token_id=tokenizer.pad_token_id,
-        )
-
-
-def glue(*, checkpoint_dir: str | Path | None = None, **data: Any) -> Recipe:
-    """Open a model trained by `whence train glue`, or a checkpoint of your own; see `DataSettings` for the options."""
-    return open_finetuned(Glue(), checkpoint_dir, data_settings(data))
+        return BertConfig(max_position_embeddings=positions(data), **encoder_sizes(size, tokenizer))

@@ -12,15 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 from whence.errors import ConfigError, DataError
-from whence.recipes.base import Recipe
-from whence.recipes.family import TokenizerStyle, check_length
-from whence.recipes.finetune import open_finetuned
+from whence.recipes.family import TokenizerStyle, check_length, class_number, encoder_sizes, positions
 from whence.recipes.rows import Row, Source, need_columns
-from whence.recipes.settings import DataSettings, PresetName, data_settings
+from whence.recipes.settings import DataSettings, PresetName
 
 SOURCES = {
     "swag": Source(folder="swag", hub="allenai/swag", config="regular"),
@@ -93,19 +90,13 @@ class Swag:
         """Return a RoBERTa of 2 layers 64 wide (tiny) or 4 layers 256 wide (small)."""
         from transformers import RobertaConfig
 
-        layers, width = {"tiny": (2, 64), "small": (4, 256)}[size]
         return RobertaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=width,
-            num_hidden_layers=layers,
-            num_attention_heads=width // 32,
-            intermediate_size=4 * width,
             # RoBERTa counts positions from the padding token on.
-            max_position_embeddings=max(int(data.max_length or 0), 16) + tokenizer.pad_token_id + 1,
-            pad_token_id=tokenizer.pad_token_id,
+            max_position_embeddings=positions(data) + tokenizer.pad_token_id + 1,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             type_vocab_size=1,
+            **encoder_sizes(size, tokenizer),
         )
 
 
@@ -127,10 +118,10 @@ def _endings(row: Row) -> list[str]:
 
 
 def _right(value: Any, choices: int, number: int) -> int:
-    value = int(value) if isinstance(value, str) and value.isdecimal() else value
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < choices:
+    right = class_number(value, choices)
+    if right is None:
         raise DataError(f"row {number} has the label {value!r}; give the number of the right ending, 0 to {choices - 1}.")
-    return value
+    return right
 
 
 def _even(columns: dict[str, list[list[int]]], tokenizer: Any) -> dict[str, list[list[int]]]:
@@ -138,8 +129,3 @@ def _even(columns: dict[str, list[list[int]]], tokenizer: Any) -> dict[str, list
     longest = max(map(len, columns["input_ids"]))
     fill = {"input_ids": tokenizer.pad_token_id}
     return {key: [list(part) + [fill.get(key, 0)] * (longest - len(part)) for part in parts] for key, parts in columns.items()}
-
-
-def swag(*, checkpoint_dir: str | Path | None = None, **data: Any) -> Recipe:
-    """Open a model trained by `whence train swag`, or a checkpoint of your own; see `DataSettings` for the options."""
-    return open_finetuned(Swag(), checkpoint_dir, data_settings(data))

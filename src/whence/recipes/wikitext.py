@@ -15,15 +15,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from typing import Any, ClassVar
 
 from whence.errors import ConfigError, DataError
-from whence.recipes.base import Recipe
-from whence.recipes.family import TokenizerStyle, check_length
-from whence.recipes.finetune import open_finetuned
+from whence.recipes.family import SIZES, TokenizerStyle, check_length, positions
 from whence.recipes.rows import Row, Source, need_columns
-from whence.recipes.settings import DataSettings, PresetName, data_settings
+from whence.recipes.settings import DataSettings, PresetName
 
 _BLOCKS = ["*.attn.c_attn", "*.attn.c_proj", "*.mlp.c_fc", "*.mlp.c_proj"]
 
@@ -95,19 +92,14 @@ class WikiText:
         """Return a GPT-2 of 2 layers 64 wide (tiny) or 4 layers 256 wide (small)."""
         from transformers import GPT2Config
 
-        layers, width = {"tiny": (2, 64), "small": (4, 256)}[size]
+        layers, width = SIZES[size]
         end = tokenizer.eos_token_id
         return GPT2Config(
             vocab_size=len(tokenizer),
             n_embd=width,
             n_layer=layers,
             n_head=width // 32,
-            n_positions=max(int(data.max_length or 0), 16),
+            n_positions=positions(data),
             bos_token_id=end,
             eos_token_id=end,
         )
-
-
-def wikitext(*, checkpoint_dir: str | Path | None = None, **data: Any) -> Recipe:
-    """Open a model trained by `whence train wikitext`, or a checkpoint of your own; see `DataSettings` for the options."""
-    return open_finetuned(WikiText(), checkpoint_dir, data_settings(data))
