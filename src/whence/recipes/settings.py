@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, Self
 
@@ -49,9 +50,7 @@ class DataSettings:
 
     def __post_init__(self) -> None:
         for name in ("max_length", "max_train_rows", "max_query_rows"):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ConfigError(f"{name}={value!r} cannot be used; give a whole number of 1 or more.")
+            _check(self, name, lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 1, "a whole number of 1 or more")
         if self.flip is not None and not 0 <= self.flip < 1:
             raise ConfigError(f"flip={self.flip!r} is no share of the labels; give a number from 0 to below 1.")
         if self.columns is None:
@@ -112,19 +111,20 @@ class TrainingSettings:
         if self.lr_scheduler_type not in SCHEDULES:
             raise ConfigError(f"lr_scheduler_type={self.lr_scheduler_type!r} cannot be used; choose {', '.join(SCHEDULES)}.")
         for name in ("learning_rate", "num_train_epochs", "train_batch_size", "eval_batch_size"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ConfigError(f"{name}={value!r} cannot be used; give a positive number.")
-        for name in ("weight_decay", "warmup_ratio", "dropout"):
-            value = getattr(self, name)
-            if value is not None and (value < 0 or (name != "weight_decay" and value >= 1)):
-                raise ConfigError(
-                    f"{name}={value!r} cannot be used; give a number from 0{'' if name == 'weight_decay' else ' to below 1'}."
-                )
+            _check(self, name, lambda v: v > 0, "a positive number")
+        for name in ("warmup_ratio", "dropout"):
+            _check(self, name, lambda v: 0 <= v < 1, "a number from 0 to below 1")
+        _check(self, "weight_decay", lambda v: v >= 0, "a number from 0")
 
     def over(self, other: dict[str, Any]) -> Self:
         """Return these settings, with those of `other` where these are None."""
         return replace(self, **{name: value for name, value in other.items() if getattr(self, name) is None})
+
+
+def _check(settings: DataSettings | TrainingSettings, name: str, usable: Callable[[Any], bool], form: str) -> None:
+    value = getattr(settings, name)
+    if value is not None and not usable(value):
+        raise ConfigError(f"{name}={value!r} cannot be used; give {form}.")
 
 
 def data_settings(options: dict[str, Any]) -> DataSettings:
