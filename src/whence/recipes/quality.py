@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from whence.recipes.base import Recipe
+from whence.runtime.batches import iterate_batches
 from whence.runtime.device import resolve_device
 from whence.runtime.progress import Stages
 from whence.tasks import CausalLM, MultipleChoice, SequenceClassification
-from whence.tasks.likelihoods import IGNORE
+from whence.tasks.hugging_face import HuggingFaceTask
+from whence.tasks.likelihoods import IGNORE, Categorical
 
 _BATCH = 32
 
@@ -32,10 +34,10 @@ def quality(recipe: Recipe, *, stages: Stages | None = None) -> dict[str, float]
         stages.track(len(recipe.queries), "Evaluating") as advance,
         torch.no_grad(),
     ):
-        for start in range(0, len(recipe.queries), _BATCH):
-            rows = [recipe.queries[place] for place in range(start, min(start + _BATCH, len(recipe.queries)))]
-            parts.append(_of_batch(recipe, rows))
-            advance(len(rows))
+        device, every = next(recipe.model.parameters()).device, range(len(recipe.queries))
+        for batch in iterate_batches(recipe.queries, every, batch_size=_BATCH, collate=recipe.collate, device=device):
+            parts.append(_of_batch(recipe, batch.data))
+            advance(len(batch.ids))
     losses, right, tokens = (torch.cat(column) for column in zip(*parts, strict=True))
     found = {"queries": float(len(losses)), "loss": float(losses.sum() / tokens.sum())}
     if isinstance(recipe.task, CausalLM):
@@ -57,22 +59,22 @@ def tokens_of(recipe: Recipe, rows: Sequence[Any]) -> Tensor:
     """Return how many tokens each row's loss is a sum over, float64 `[row]`; 1 for what is not a language model."""
     if not isinstance(recipe.task, CausalLM):
         return torch.ones(len(rows), dtype=torch.float64)
-    return (recipe.task.targets(_collated(recipe, rows)) != IGNORE).sum(1).double()
+    assert recipe.collate is not None  # every recipe of language models has one
+    return _counted(recipe.task.targets(recipe.collate(list(rows))))
 
 
-def _of_batch(recipe: Recipe, rows: list[Any]) -> tuple[Tensor, Tensor, Tensor]:
+def _counted(labels: Tensor) -> Tensor:
+    return (labels != IGNORE).sum(1).double().cpu()
+
+
+def _of_batch(recipe: Recipe, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Return each row's loss, whether its class is right (NaN: there is none), and its tokens."""
-    device = next(recipe.model.parameters()).device
-    batch = {key: value.to(device) for key, value in _collated(recipe, rows).items()}
-    losses = recipe.task.loss(recipe.model, batch).double().cpu()
+    task = recipe.task
+    assert isinstance(task, HuggingFaceTask)
+    output, labels = task.output(recipe.model, batch), task.targets(batch)
+    likelihood = task.likelihood(recipe.model, output.shape[-1], labels)
+    losses = likelihood.loss(output, labels).double().cpu()
     right = torch.full_like(losses, math.nan)
-    labels = batch.get("labels")
-    if isinstance(recipe.task, SequenceClassification | MultipleChoice) and labels is not None and not labels.is_floating_point():
-        logits = recipe.model(**{key: value for key, value in batch.items() if key != "labels"}).logits
-        right = (logits.argmax(-1) == labels).double().cpu()
-    return losses, right, tokens_of(recipe, rows)
-
-
-def _collated(recipe: Recipe, rows: Sequence[Any]) -> Any:
-    assert recipe.collate is not None  # every recipe of Hugging Face models has one
-    return recipe.collate(list(rows))
+    if isinstance(task, SequenceClassification | MultipleChoice) and isinstance(likelihood, Categorical):
+        right = (output.argmax(-1) == labels).double().cpu()
+    return losses, right, _counted(labels) if isinstance(task, CausalLM) else torch.ones_like(losses)

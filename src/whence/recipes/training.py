@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from itertools import pairwise
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,6 +22,7 @@ from whence.pretrained.kinds import need, quiet
 from whence.pretrained.trainer import training_time
 from whence.recipes.rows import Row
 from whence.recipes.settings import TrainingSettings
+from whence.runtime.batches import iterate_batches
 from whence.runtime.progress import Stages
 from whence.tasks import Task
 
@@ -124,17 +126,10 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
 @torch.no_grad()
 def measure(model: nn.Module, task: Task, rows: Sequence[Row], collate: Callable[[list[Any]], Any], batch_size: int) -> Tensor:
     """Return the task's measurement of every row, float64 `[row]` on the CPU."""
-    device = next(model.parameters()).device
-    task.prepare(model, _moved(collate(list(rows[:1])), device))
-    parts = [
-        task.measurement(model, _moved(collate(list(rows[start : start + batch_size])), device))
-        for start in range(0, len(rows), batch_size)
-    ]
+    batches = partial(iterate_batches, rows, collate=collate, device=next(model.parameters()).device)
+    task.prepare(model, next(batches([0], batch_size=1)).data)
+    parts = [task.measurement(model, batch.data) for batch in batches(range(len(rows)), batch_size=batch_size)]
     return torch.cat(parts).double().cpu()
-
-
-def _moved(batch: Any, device: torch.device) -> Any:
-    return {key: value.to(device) for key, value in batch.items()}
 
 
 def _steps(settings: TrainingSettings, rows: int) -> int:
