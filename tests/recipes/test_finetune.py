@@ -406,7 +406,19 @@ def test_a_procedure_can_be_sent(checkpoint: Checkpoint) -> None:
     assert len(sent) < 10_000, "rows and weights stay on disk"
     received = ForkingPickler.loads(sent)
     assert received == procedure
+    assert received.key == procedure.key
     assert torch.equal(received([0, 1], 3), procedure([0, 1], 3))
+
+
+def test_opening_reads_no_start_and_makes_no_key(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """`whence top` and `plan` never train again: the untrained model is read when its key is asked for."""
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint("sst2"), folder)
+    start = folder / "start" / "model.safetensors"
+    start.rename(tmp_path / "away")
+    procedure = procedure_of(opened("sst2", folder))
+    (tmp_path / "away").rename(start)
+    assert procedure.key == procedure_of(opened("sst2", checkpoint("sst2"))).key
 
 
 @pytest.mark.slow

@@ -64,6 +64,15 @@ def test_a_regression_has_a_loss_alone(checkpoint: Checkpoint) -> None:
     assert found["loss"] == pytest.approx(0.5 * float(output(recipe).loss), rel=1e-4), "half the squared error"
 
 
+@pytest.mark.parametrize("name", ["sst2", "swag", "wikitext"])
+def test_every_batch_goes_through_the_model_once(checkpoint: Checkpoint, name: str) -> None:
+    recipe, calls = opened(name, checkpoint), []
+    handle = recipe.model.register_forward_hook(lambda *_: calls.append(1))
+    quality(recipe)
+    handle.remove()
+    assert len(calls) == 1, "all queries fit into one batch"
+
+
 def test_batches_do_not_matter(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("sst2", "wikitext"):
         recipe = opened(name, checkpoint)

@@ -21,7 +21,7 @@ from whence.pretrained import open_pretrained
 from whence.pretrained.kinds import need, quiet
 from whence.recipes.base import Recipe
 from whence.recipes.family import Family
-from whence.recipes.retraining import START, retraining
+from whence.recipes.retraining import START, Retraining
 from whence.recipes.rows import DATA_VARIABLE, Row
 from whence.recipes.settings import DataSettings, TrainingSettings, data_settings, to_json
 from whence.recipes.splits import collate_of, encode_train, read_splits, read_train, task_of
@@ -142,7 +142,9 @@ def open_finetuned(family: Family, checkpoint_dir: str | Path | None, data: Data
         recipe.training_time, recipe.second_moments = float(record["training_time"]), folder / MOMENTS
         recipe.over_run = family.over_run and bool(record["snapshots"])
         recipe.snapshots = [(folder / SNAPSHOTS / entry["file"], float(entry["time"])) for entry in record["snapshots"]]
-        recipe.retraining = retraining(family, folder, data, training, train.encoded, queries.encoded)
+        recipe.retraining = Retraining(
+            family=family, folder=str(folder.resolve()), data=data, training=training, train=train.encoded, queries=queries.encoded
+        )
     return recipe
 
 

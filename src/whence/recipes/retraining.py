@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -38,43 +38,47 @@ class Retraining:
         family: the recipe.
         folder: the checkpoint folder.
         data, training: of the fine-tune.
-        key: everything the numbers depend on.
+        train, queries: rows as they were when the folder was opened, encoded; not sent to other processes.
     """
 
     family: Family
     folder: str
     data: DataSettings
     training: TrainingSettings
-    key: str
+    train: Sequence[Row] = field(repr=False, compare=False)
+    queries: Sequence[Row] = field(repr=False, compare=False)
+
+    @cached_property
+    def key(self) -> str:
+        """Everything the numbers depend on. Made when it is first asked for, since it reads the whole start and all rows."""
+        start, usual = Path(self.folder) / START, to_json(TrainingSettings())
+        # What is as it always was is not named, so that a new setting does not make old retrains unknown.
+        changed = {name: value for name, value in to_json(self.training).items() if value != usual[name] and name not in _WITHOUT_EFFECT}
+        parts = {
+            "recipe": self.family.name,
+            "version": VERSION,
+            "start": sha256_file(start / "model.safetensors"),
+            "config": _config(start),
+            "train": fingerprint_rows(self.train),
+            "queries": fingerprint_rows(self.queries),
+            "measurement": self.data.measurement,
+            "training": changed,
+            "torch": torch.__version__,
+            "transformers": need("transformers").__version__,
+        }
+        return json.dumps(parts, sort_keys=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is sent to another process: the key, but no rows, which it reads for itself."""
+        return {**vars(self), "key": self.key, "train": (), "queries": ()}
 
     def __call__(self, rows: Sequence[int], seed: int) -> Tensor:
         """Train from the saved start on these training rows; return the measurements `[query]`."""
-        prepared = _prepared(self)
+        prepared = _prepared(self, self.key)
         model = load_start(self.family, Path(self.folder) / START)
-        train_model(model, [prepared.train[row] for row in rows], prepared.collate, self.training, seed=seed)
-        return measure(model, prepared.task, prepared.queries, prepared.collate, int(self.training.eval_batch_size or 1))
-
-
-def retraining(
-    family: Family, folder: Path, data: DataSettings, training: TrainingSettings, train: list[Row], queries: list[Row]
-) -> Retraining:
-    """Return the procedure that trains the model of a checkpoint folder again; rows are encoded."""
-    usual = to_json(TrainingSettings())
-    parts = {
-        "recipe": family.name,
-        "version": VERSION,
-        "start": sha256_file(folder / START / "model.safetensors"),
-        "config": _config(folder / START),
-        "train": fingerprint_rows(train),
-        "queries": fingerprint_rows(queries),
-        "measurement": data.measurement,
-        # What is as it always was is not named, so that a new setting does not make old retrains unknown.
-        "training": {name: value for name, value in to_json(training).items() if value != usual[name] and name not in _WITHOUT_EFFECT},
-        "torch": torch.__version__,
-        "transformers": need("transformers").__version__,
-    }
-    key = json.dumps(parts, sort_keys=True)
-    return Retraining(family=family, folder=str(folder.resolve()), data=data, training=training, key=key)
+        collate = collate_of(self.family, model, prepared.tokenizer)
+        train_model(model, [prepared.train[row] for row in rows], collate, self.training, seed=seed)
+        return measure(model, prepared.task, prepared.queries, collate, int(self.training.eval_batch_size or 1))
 
 
 def _config(start: Path) -> str:
@@ -88,17 +92,16 @@ def _config(start: Path) -> str:
 @dataclass(frozen=True, kw_only=True)
 class _Prepared:
     task: Task
-    collate: Callable[[list[Any]], Any]
+    tokenizer: Any
     train: list[Row]
     queries: list[Row]
 
 
 @lru_cache(maxsize=1)
-def _prepared(procedure: Retraining) -> _Prepared:
-    # A worker reads and tokenises once, not for every job.
-    family, start = procedure.family, Path(procedure.folder) / START
-    tokenizer = need("transformers").AutoTokenizer.from_pretrained(start)
-    model = load_start(family, start)
-    train, queries = read_splits(family, procedure.data, tokenizer, model.config, procedure.training.seed)
-    collate = collate_of(family, model, tokenizer)
-    return _Prepared(task=task_of(family, procedure.data), collate=collate, train=train.encoded, queries=queries.encoded)
+def _prepared(procedure: Retraining, key: str) -> _Prepared:
+    # A worker reads and tokenises once, not for every job; the key is here for the rows, which equal procedures may not share.
+    family, data, start = procedure.family, procedure.data, Path(procedure.folder) / START
+    transformers = need("transformers")
+    tokenizer, config = transformers.AutoTokenizer.from_pretrained(start), transformers.AutoConfig.from_pretrained(start)
+    train, queries = read_splits(family, data, tokenizer, config, procedure.training.seed)
+    return _Prepared(task=task_of(family, data), tokenizer=tokenizer, train=train.encoded, queries=queries.encoded)
