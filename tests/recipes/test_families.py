@@ -129,9 +129,9 @@ def test_own_data_may_have_the_column_of_a_task(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("label", "message"),
     [
-        (-1, r"row 1 has the label -1; labels are whole numbers from 0, or all of them text\."),
-        (0.5, r"row 1 has the label 0\.5; labels are whole numbers from 0, or all of them text\."),
-        (True, r"row 1 has the label True; labels are whole numbers"),
+        (-1, r"row 1 has the label -1; labels are whole numbers from 0, or all of them text, or true and false\."),
+        (0.5, r"row 1 has the label 0\.5; labels are whole numbers from 0, or all of them text, or true and false\."),
+        (True, r"row 1 has the label True; labels are whole numbers from 0, or all of them text, or true and false\."),
         (None, r"training data: row 1 has no 'kind'; it has a null there"),
     ],
 )
@@ -140,6 +140,33 @@ def test_labels_that_are_none(tmp_path: Path, label: Any, message: str) -> None:
     # JSON lines would refuse a column of two types; these rows are not read from a file.
     with pytest.raises(DataError, match=message):
         Glue().head(train, Glue().settled(DataSettings(columns=("words",), label="kind", data=str(tmp_path))))
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv"])
+def test_labels_that_are_true_or_false(tmp_path: Path, form: str) -> None:
+    train = [{"words": f"word {n}", "good": n % 3 == 0} for n in range(8)]
+    for split in ("train", "validation"):
+        finetuned.write_lines(tmp_path / f"{split}.jsonl", train)
+        if form == "csv":
+            (tmp_path / f"{split}.jsonl").unlink()
+            lines = [f"{row['words']},{row['good']}\n" for row in train]
+            (tmp_path / f"{split}.csv").write_text("".join(["words,good\n", *lines]), encoding="utf-8")
+    options: dict[str, Any] = {"data": str(tmp_path), "columns": ("words",), "label": "good", "max_length": 16}
+    model, tokenizer, rows, queries, settled = started("glue", **options)
+    assert model.config.id2label == {0: "False", 1: "True"}
+    assert [row["labels"] for row in rows.encoded] == [1, 0, 0, 1, 0, 0, 1, 0]
+    assert {type(row["labels"]) for row in rows.encoded} == {int}
+    assert queries.encoded[0]["text"] == "words: word 0\ngood: 1 (True)"
+    assert measured("glue", model, tokenizer, rows.encoded, settled).shape == (8,)
+    flipped = read_splits(FAMILIES["glue"], replace(settled, flip=0.5), tokenizer, model.config, seed=1)[0]
+    assert [row["labels"] != first["labels"] for row, first in zip(flipped.encoded, rows.encoded, strict=True)] == flipped.flipped.tolist()  # type: ignore[union-attr]
+
+
+def test_true_is_no_class_of_three(tmp_path: Path) -> None:
+    train = [{"words": "a b", "label": n} for n in range(3)]
+    folder = own(tmp_path, train, [{"words": "a b", "label": True}])
+    with pytest.raises(DataError, match=r"row 0 has the label True; the model's 3 classes are 0 to 2 \(0, 1, 2\)\."):
+        started("glue", data=folder, columns=("words",))
 
 
 def test_a_query_of_a_class_that_the_model_does_not_have(tmp_path: Path) -> None:

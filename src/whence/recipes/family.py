@@ -62,7 +62,7 @@ class Family(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Labels:
-    """The classes of a data set: numbers as they are, or names in alphabetical order."""
+    """The classes of a data set: numbers as they are, names in alphabetical order, or False and True as 0 and 1."""
 
     names: tuple[str, ...]
     number: dict[str, int] = field(default_factory=dict)
@@ -72,13 +72,17 @@ class Labels:
         """Return the classes that occur in a column of labels.
 
         Raises:
-            DataError: a label is neither a whole number of 0 or more nor text.
+            DataError: a label is neither a whole number of 0 or more nor text, or truth values and others are mixed.
         """
         if all(isinstance(value, str) for value in values):
             return cls.named(sorted(set(values)))
+        if all(isinstance(value, bool) for value in values):
+            return cls.named([str(False), str(True)])
         for number, value in enumerate(values):
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise DataError(f"row {number} has the label {value!r}; labels are whole numbers from 0, or all of them text.")
+                raise DataError(
+                    f"row {number} has the label {value!r}; labels are whole numbers from 0, or all of them text, or true and false."
+                )
         return cls.named([str(number) for number in range(max(2, 1 + max(values)))])
 
     @classmethod
@@ -109,9 +113,14 @@ def label_number(config: Any, value: Any, number: int) -> int:
 
 
 def class_number(value: Any, classes: int) -> int | None:
-    """Return a label that is a whole number, or the digits of one, as the number of a class; None: there is no such class."""
+    """Return a label as the number of a class; None: there is no such class.
+
+    It is a whole number, the digits of one, or False or True for 0 or 1 of two classes.
+    """
+    if isinstance(value, bool):
+        return int(value) if classes == 2 else None
     number = int(value) if isinstance(value, str) and value.isdecimal() else value
-    return number if isinstance(number, int) and not isinstance(number, bool) and 0 <= number < classes else None
+    return number if isinstance(number, int) and 0 <= number < classes else None
 
 
 def encoder_sizes(size: PresetName, tokenizer: Any) -> dict[str, Any]:
