@@ -115,6 +115,22 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(data: Path, tmp_
     assert differing(first, weights(tmp_path / "other"))
 
 
+def test_several_devices_train_the_same(checkpoint: Checkpoint, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Trainer multiplies the batch by the number of GPUs that it sees."""
+    usual = checkpoint("rte")  # made before there are two
+    arguments = pytest.importorskip("transformers").TrainingArguments
+    found = arguments.__post_init__
+
+    def see_two(self: Any) -> None:
+        found(self)
+        self._n_gpu = 2
+
+    monkeypatch.setattr(arguments, "__post_init__", see_two)
+    recipe = finetuned.trained("rte", data, tmp_path / "model")
+    assert recipe.training_time == opened("rte", usual).training_time
+    assert differing(weights(tmp_path / "model"), weights(usual)) == set()
+
+
 def test_frozen_parameters_stay_and_are_not_tracked(data: Path, tmp_path: Path) -> None:
     frozen = finetuned.trained("sst2", data, tmp_path / "model", freeze=("*embeddings*", "bert.encoder.layer.0.*"))
     saved, start = weights(tmp_path / "model"), weights(tmp_path / "model" / "start")

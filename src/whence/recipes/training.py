@@ -145,7 +145,7 @@ def segments(steps: int, count: int) -> list[tuple[int, int]]:
 
 
 def _arguments(transformers: Any, settings: TrainingSettings, rows: int, seed: int, folder: str) -> Any:
-    return transformers.TrainingArguments(
+    arguments = transformers.TrainingArguments(
         output_dir=folder,
         per_device_train_batch_size=settings.train_batch_size,
         learning_rate=settings.learning_rate,
@@ -163,6 +163,9 @@ def _arguments(transformers: Any, settings: TrainingSettings, rows: int, seed: i
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
+    # Of several GPUs the Trainer would give each a batch of the named size: fewer steps, another training.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def _optimizer(trainer: Any) -> Any:
