@@ -360,6 +360,51 @@ def test_a_folder_that_holds_something(checkpoint: Checkpoint, data: Path, tmp_p
     assert torch.isfinite(measured(again)).all()
 
 
+def edit(file: Path, old: str, new: str) -> None:
+    text = file.read_text(encoding="utf-8")
+    assert old in text
+    file.write_text(text.replace(old, new, 1), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "old", "new"),
+    [
+        ("sst2", "glue_sst2/train.jsonl", '"label": 1', '"label": 0'),
+        ("swag", "swag/train.jsonl", "indeed", "surely"),
+        ("wikitext", "wikitext2/train.txt", "film", "movie"),
+    ],
+)
+def test_training_rows_that_were_edited_since(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, file: str, old: str, new: str
+) -> None:
+    data, folder = finetuned.write_data(tmp_path / "data"), tmp_path / "model"
+    before = procedure_of(finetuned.trained(name, data, folder)).key
+    edit(data / file, old, new)
+    message = (
+        r"the training rows of .*data are not those that .*model was trained on: they were changed since\. Restore them, or train again"
+    )
+    with pytest.raises(DataError, match=message):
+        opened(name, folder)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="changed since"):
+        opened(name, folder, data="data")
+    if name == "sst2":  # other rows than those of the training may be asked for, as ever
+        assert len(opened(name, folder, max_train_rows=10).train) == 10
+    edit(folder / "whence.json", "train_fingerprint", "of_an_older_version")
+    assert procedure_of(opened(name, folder)).key != before
+    finetuned.write_data(data)
+    edit(folder / "whence.json", "of_an_older_version", "train_fingerprint")
+    assert procedure_of(opened(name, folder)).key == before
+
+
+def test_other_columns_and_queries_may_change(tmp_path: Path) -> None:
+    data, folder = finetuned.write_data(tmp_path / "data"), tmp_path / "model"
+    finetuned.trained("sst2", data, folder)
+    edit(data / "glue_sst2" / "train.jsonl", '"idx": 3', '"idx": 30')
+    edit(data / "glue_sst2" / "validation.jsonl", "film", "movie")
+    assert "movie" in "".join(row["text"] for row in opened("sst2", folder).queries)
+
+
 def test_a_model_of_another_recipe(checkpoint: Checkpoint) -> None:
     with pytest.raises(ConfigError, match=r"swag was trained by the recipe 'swag', not 'glue'\. Name that recipe\."):
         load_recipe("glue", checkpoint_dir=checkpoint("swag"))

@@ -16,7 +16,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from whence.errors import ConfigError
+from whence.errors import ConfigError, DataError
 from whence.pretrained import open_pretrained
 from whence.pretrained.kinds import need, quiet
 from whence.recipes.base import Recipe
@@ -24,7 +24,7 @@ from whence.recipes.family import Family
 from whence.recipes.retraining import START, Retraining
 from whence.recipes.rows import DATA_VARIABLE, Row
 from whence.recipes.settings import DataSettings, TrainingSettings, data_settings, to_json
-from whence.recipes.splits import collate_of, encode_train, read_splits, read_train, task_of
+from whence.recipes.splits import collate_of, encode_train, fingerprint_raw, read_queries, read_train, task_of
 from whence.recipes.start import make_start
 from whence.recipes.training import Trained, freeze, train_model
 from whence.runtime.device import resolve_device
@@ -33,6 +33,7 @@ from whence.storage.run import explain_write_errors, read_json, write_json_atomi
 from whence.tasks import SequenceClassification
 
 RECORD, MOMENTS, SNAPSHOTS = "whence.json", "second_moments.safetensors", "snapshots"
+_WHICH_ROWS = ("task", "data", "train_file", "columns", "label", "max_train_rows")
 
 
 def train_recipe(
@@ -81,7 +82,8 @@ def train_recipe(
             model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         _keep(folder, trained)
-        write_json_atomic(folder / RECORD, _to_record(family, data, training, trained, len(rows)))
+        record = _to_record(family, data, training, trained, len(rows))
+        write_json_atomic(folder / RECORD, record | {"train_fingerprint": fingerprint_raw(family, data, raw)})
     return open_finetuned(family, folder, DataSettings())
 
 
@@ -122,7 +124,11 @@ def open_finetuned(family: Family, checkpoint_dir: str | Path | None, data: Data
     training = None if record is None else TrainingSettings(**_known(TrainingSettings, record["training"]))
     if training is not None:
         freeze(model, training.freeze)
-    train, queries = read_splits(family, data, tokenizer, model.config, 0 if training is None else training.seed)
+    raw = read_train(family, data)
+    if record is not None:
+        _check_unchanged(family, folder, data, raw, record)
+    train = encode_train(family, data, tokenizer, model.config, raw, 0 if training is None else training.seed)
+    queries = read_queries(family, data, tokenizer, model.config)
     recipe = Recipe(
         name=_run_name(family, folder),
         model=model,
@@ -169,6 +175,19 @@ def _record(family: Family, folder: Path) -> dict[str, Any] | None:
     return record
 
 
+def _check_unchanged(family: Family, folder: Path, data: DataSettings, raw: list[Row], record: dict[str, Any]) -> None:
+    """Check that the rows are still those of the training, where the same are asked for and it is known which they were."""
+    expected, recorded = record.get("train_fingerprint"), family.settled(DataSettings(**_known(DataSettings, record["data"])))
+    same = all(_lasting(data)[name] == _lasting(recorded)[name] for name in _WHICH_ROWS)
+    if expected is None or not same or fingerprint_raw(family, data, raw) == expected:
+        return
+    origin = data.train_file or data.data or family.source(data).hub
+    raise DataError(
+        f"the training rows of {origin} are not those that {folder} was trained on: they were changed since. Restore them, "
+        f"or train again: whence train {family.name} --checkpoint-dir {folder} --overwrite ..."
+    )
+
+
 def _known(kind: type[DataSettings] | type[TrainingSettings], values: dict[str, Any]) -> dict[str, Any]:
     """Return the values of fields, JSON's lists as tuples."""
     names = {field.name for field in fields(kind)}
@@ -186,14 +205,19 @@ def _file(step: int) -> str:
     return f"step-{step:06d}.safetensors"
 
 
-def _to_record(family: Family, data: DataSettings, training: TrainingSettings, trained: Trained, rows: int) -> dict[str, Any]:
+def _lasting(data: DataSettings) -> dict[str, Any]:
+    """Return the settings as JSON values, with paths that are found from another folder too."""
     settings = to_json(data)
-    for name in ("data", "train_file"):  # found again from another folder
+    for name in ("data", "train_file"):
         path = settings[name]
         settings[name] = str(Path(path).resolve()) if path is not None and Path(path).exists() else path
+    return settings
+
+
+def _to_record(family: Family, data: DataSettings, training: TrainingSettings, trained: Trained, rows: int) -> dict[str, Any]:
     return {
         "recipe": family.name,
-        "data": settings,
+        "data": _lasting(data),
         "training": to_json(training),
         "training_time": trained.time,
         "train_rows": rows,

@@ -15,6 +15,7 @@ from whence.recipes.family import Family
 from whence.recipes.labels import flip_labels
 from whence.recipes.rows import Row, read_split
 from whence.recipes.settings import DataSettings
+from whence.storage.run import fingerprint_rows
 from whence.tasks import Task
 
 
@@ -30,15 +31,26 @@ class Split:
 def read_splits(family: Family, data: DataSettings, tokenizer: Any, config: Any, seed: int) -> tuple[Split, Split]:
     """Return training rows and queries; `data` is settled."""
     train = encode_train(family, data, tokenizer, config, read_train(family, data), seed)
-    limit = None if family.joins_rows else data.max_query_rows
-    raw = read_split(family.source(data), data.data, "validation", limit=limit)
-    return train, _split(family, data, raw, family.encode(tokenizer, config, raw, data), data.max_query_rows)
+    return train, read_queries(family, data, tokenizer, config)
 
 
 def read_train(family: Family, data: DataSettings) -> list[Row]:
     """Return the raw training rows, before any label is flipped."""
     limit = None if family.joins_rows else data.max_train_rows
     return read_split(family.source(data), data.data, "train", limit=limit, file=data.train_file)
+
+
+def fingerprint_raw(family: Family, data: DataSettings, raw: list[Row]) -> str:
+    """Return 64 hex digits over what training takes of raw rows, texts and labels; other columns may change."""
+    labels = [] if data.label is None else [str(row.get(data.label)) for row in raw]
+    return fingerprint_rows([list(family.texts(raw, data)), labels])
+
+
+def read_queries(family: Family, data: DataSettings, tokenizer: Any, config: Any) -> Split:
+    """Return the queries as the model takes them."""
+    limit = None if family.joins_rows else data.max_query_rows
+    raw = read_split(family.source(data), data.data, "validation", limit=limit)
+    return _split(family, data, raw, family.encode(tokenizer, config, raw, data), data.max_query_rows)
 
 
 def encode_train(family: Family, data: DataSettings, tokenizer: Any, config: Any, raw: list[Row], seed: int) -> Split:
