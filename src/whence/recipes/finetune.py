@@ -26,10 +26,11 @@ from whence.recipes.rows import DATA_VARIABLE, Row
 from whence.recipes.settings import DataSettings, TrainingSettings, data_settings, to_json
 from whence.recipes.splits import collate_of, encode_train, fingerprint_raw, read_queries, read_train, task_of
 from whence.recipes.start import make_start
-from whence.recipes.training import Trained, freeze, train_model
+from whence.recipes.training import Trained, freeze, snapshot_file, train_model
+from whence.recipes.unfinished import is_unfinished, unfinished
 from whence.runtime.device import resolve_device
 from whence.runtime.progress import Stages
-from whence.storage.run import explain_write_errors, read_json, write_json_atomic
+from whence.storage.run import explain_write_errors, fingerprint_model, read_json, write_json_atomic
 from whence.tasks import SequenceClassification
 
 RECORD, MOMENTS, SNAPSHOTS = "whence.json", "second_moments.safetensors", "snapshots"
@@ -48,43 +49,56 @@ def train_recipe(
 ) -> Recipe:
     """Train a recipe's model, save it in `checkpoint_dir`, and return the recipe of it.
 
+    A training that was interrupted goes on from its last checkpoint when it is asked for again, and gives the same weights.
+
     Args:
         family: the recipe.
-        checkpoint_dir: a new or empty folder.
+        checkpoint_dir: a new or empty folder, or one of an interrupted training of the same.
         data, training: what is None in them is the recipe's choice.
         snapshots: how many states in the midst of training to keep, for scores over a whole run.
-        overwrite: replace a model that is there.
+        overwrite: replace a model that is there, or start an interrupted training anew.
         stages: gets the time and shows progress.
 
     Raises:
         ConfigError: settings that cannot be used, or the folder holds something. DataError: rows that cannot be used.
     """
     folder = Path(checkpoint_dir)
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not overwrite):
+    goes_on = is_unfinished(folder) and not (folder / RECORD).is_file()
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not overwrite and not goes_on):
         raise ConfigError(f"{folder} is not empty. Give a new folder as --checkpoint-dir, or --overwrite to replace what is there.")
     # The variable may be another when the folder is opened again.
     data = family.settled(replace(data, data=data.data or os.environ.get(DATA_VARIABLE) or None))
     training = training.over(family.defaults(data, training.preset))
     raw = read_train(family, data)
     model, tokenizer = make_start(family, raw, data, training)
-    with explain_write_errors(folder):
-        (folder / RECORD).unlink(missing_ok=True)  # the record is written last: without it, the folder is unfinished
-        with quiet(need("transformers")):
-            model.save_pretrained(folder / START)
-        tokenizer.save_pretrained(folder / START)
-    rows = encode_train(family, data, tokenizer, model.config, raw, training.seed).encoded
-    model.to(resolve_device("auto"))
-    trained = train_model(
-        model, rows, collate_of(family, model, tokenizer), training, seed=training.seed, snapshots=snapshots, stages=stages
-    )
-    with explain_write_errors(folder):
-        with quiet(need("transformers")):
-            model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        _keep(folder, trained)
-        record = _to_record(family, data, training, trained, len(rows))
-        write_json_atomic(folder / RECORD, record | {"train_fingerprint": fingerprint_raw(family, data, raw)})
+    fingerprint = fingerprint_raw(family, data, raw)
+    made_of = _made_of(family, data, training) | {"snapshots": snapshots, "rows": fingerprint, "start": fingerprint_model(model)}
+    with unfinished(folder, made_of, overwrite=overwrite) as place:
+        with explain_write_errors(folder):
+            (folder / RECORD).unlink(missing_ok=True)  # the record is written last: without it, the folder is unfinished
+        _save(folder / START, model, tokenizer)
+        rows = encode_train(family, data, tokenizer, model.config, raw, training.seed).encoded
+        model.to(resolve_device("auto"))
+        collate = collate_of(family, model, tokenizer)
+        trained = train_model(model, rows, collate, training, seed=training.seed, snapshots=snapshots, stages=stages, unfinished=place)
+        _save(folder, model, tokenizer)
+        with explain_write_errors(folder):
+            _keep(folder, trained)
+            record = _to_record(family, data, training, trained, len(rows))
+            write_json_atomic(folder / RECORD, record | {"train_fingerprint": fingerprint})
     return open_finetuned(family, folder, DataSettings())
+
+
+def _made_of(family: Family, data: DataSettings, training: TrainingSettings) -> dict[str, Any]:
+    """Return the settings and versions that a training depends on, by name."""
+    versions = {name: need(name).__version__ for name in ("torch", "transformers", "accelerate")}
+    return {"recipe": family.name, **_lasting(data), **to_json(training), **versions}
+
+
+def _save(folder: Path, model: Any, tokenizer: Any) -> None:
+    with explain_write_errors(folder), quiet(need("transformers")):
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 def open_checkpoint(family: Family, /, *, checkpoint_dir: str | Path | None = None, **data: Any) -> Recipe:
@@ -167,7 +181,9 @@ def _record(family: Family, folder: Path) -> dict[str, Any] | None:
     """Return what `train_recipe` wrote; None for a folder of your own."""
     if not (folder / RECORD).is_file():
         if (folder / START).is_dir():
-            raise ConfigError(f"{folder} is of a training that did not end. Train again: whence train {family.name} --overwrite ...")
+            verb = f"whence train {family.name}"
+            again = f"Go on with it: the same {verb} ..." if is_unfinished(folder) else f"Train again: {verb} --overwrite ..."
+            raise ConfigError(f"{folder} is of a training that did not end. {again}")
         return None
     record: dict[str, Any] = read_json(folder / RECORD)
     if record.get("recipe") != family.name:
@@ -198,11 +214,7 @@ def _keep(folder: Path, trained: Trained) -> None:
     safetensors.torch.save_file(trained.moments, folder / MOMENTS)
     (folder / SNAPSHOTS).mkdir(exist_ok=True)
     for snapshot in trained.snapshots:
-        safetensors.torch.save_file(snapshot.state, folder / SNAPSHOTS / _file(snapshot.step))
-
-
-def _file(step: int) -> str:
-    return f"step-{step:06d}.safetensors"
+        safetensors.torch.save_file(snapshot.state, folder / SNAPSHOTS / snapshot_file(snapshot.step))
 
 
 def _lasting(data: DataSettings) -> dict[str, Any]:
@@ -221,5 +233,5 @@ def _to_record(family: Family, data: DataSettings, training: TrainingSettings, t
         "training": to_json(training),
         "training_time": trained.time,
         "train_rows": rows,
-        "snapshots": [{"file": _file(s.step), "step": s.step, "time": s.time} for s in trained.snapshots],
+        "snapshots": [{"file": snapshot_file(s.step), "step": s.step, "time": s.time} for s in trained.snapshots],
     }

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -22,9 +25,14 @@ from whence.pretrained.kinds import need, quiet
 from whence.pretrained.trainer import training_time
 from whence.recipes.rows import Row
 from whence.recipes.settings import TrainingSettings
+from whence.recipes.unfinished import KEPT, keep_only, last_checkpoint
 from whence.runtime.batches import iterate_batches
 from whence.runtime.progress import Stages
+from whence.storage.run import read_json, write_bytes_atomic, write_json_atomic
 from whence.tasks import Task
+
+KEEP_EVERY_S = 300.0
+"""Seconds between two checkpoints of an unfinished training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,10 +74,12 @@ def train_model(
     seed: int,
     snapshots: int = 0,
     stages: Stages | None = None,
+    unfinished: Path | None = None,
 ) -> Trained:
     """Train in place with the Trainer; the model is left on its device, in eval mode.
 
-    The same seed gives the same weights on the same machine; random states of Python, numpy and torch are as before.
+    The same seed gives the same weights on the same machine, also when the training was interrupted and went on; random
+    states of Python, numpy and torch are as before.
 
     Args:
         model: from where to start.
@@ -79,12 +89,14 @@ def train_model(
         seed: of the order of rows and of dropout.
         snapshots: how many states of the run to keep.
         stages: gets the time and shows progress.
+        unfinished: folder to leave a checkpoint in every `KEEP_EVERY_S`, and to go on from the one that is there.
     """
     transformers = need("transformers")
     need("accelerate")
     freeze(model, settings.freeze)
     stages = Stages(enabled=False) if stages is None else stages
-    with TemporaryDirectory() as folder, _random_states():
+    last = None if unfinished is None else last_checkpoint(unfinished)
+    with TemporaryDirectory() if unfinished is None else nullcontext(str(unfinished)) as folder, _random_states():
         trainer = transformers.Trainer(
             model=model,
             args=_arguments(transformers, settings, len(rows), seed, folder),
@@ -93,18 +105,20 @@ def train_model(
         )
         trainer.remove_callback(transformers.PrinterCallback)
         steps = _steps(settings, len(rows))
-        make_keeper = _keeper(transformers, model, trainer, segments(steps, snapshots))
-        with stages.stage("Train"), stages.track(steps, "Training") as advance:
+        make_keeper = _keeper(transformers, model, trainer, segments(steps, snapshots), unfinished)
+        with stages.stage("Train"), stages.track(steps, "Training" if last is None else "Training, continued") as advance:
             keeper = make_keeper(advance)
+            if last is not None:
+                keeper.restore(last)
             trainer.add_callback(keeper)
             with quiet(transformers):
-                trainer.train()
-        time = training_time(trainer)
-        assert time is not None
+                trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        total = training_time(trainer)
+        assert total is not None
         moments = second_moments(model, _optimizer(trainer))
     model.eval()
     model.zero_grad()
-    return Trained(time=time, moments={name: moment.detach().cpu() for name, moment in moments.items()}, snapshots=keeper.kept)
+    return Trained(time=total, moments={name: moment.detach().cpu() for name, moment in moments.items()}, snapshots=keeper.kept)
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
@@ -172,14 +186,43 @@ def _optimizer(trainer: Any) -> Any:
     return getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # as accelerate wraps it
 
 
-def _keeper(transformers: Any, model: nn.Module, trainer: Any, parts: list[tuple[int, int]]) -> Any:
-    """Return a callback that counts steps and keeps the model's state in the middle of each part of the run."""
+def snapshot_file(step: int) -> str:
+    """Return the name of a snapshot's file."""
+    return f"step-{step:06d}.safetensors"
+
+
+def _keeper(transformers: Any, model: nn.Module, trainer: Any, parts: list[tuple[int, int]], unfinished: Path | None) -> Any:
+    """Return a callback that counts steps and keeps the model's state in the middle of each part of the run.
+
+    With a folder, it has the Trainer leave a checkpoint there now and then, and adds to it what it holds itself.
+    """
 
     class Keeper(transformers.TrainerCallback):  # type: ignore[misc]
         def __init__(self, advance: Callable[[int], None]) -> None:
             self.advance = advance
             self.kept: list[Snapshot] = []
             self.before = 0.0
+            self.since = time.monotonic()
+
+        def restore(self, checkpoint: Path) -> None:
+            found = read_json(checkpoint / KEPT)
+            self.advance(found["step"])
+            self.before = found["before"]
+            for entry in found["snapshots"]:
+                state = safetensors.torch.load_file(checkpoint.parent / snapshot_file(entry["step"]))
+                self.kept.append(Snapshot(step=entry["step"], time=entry["time"], state=state))
+
+        def on_save(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+            assert unfinished is not None
+            checkpoint = unfinished / f"checkpoint-{state.global_step}"
+            (checkpoint / "training_args.bin").unlink(missing_ok=True)  # a pickle, and not read
+            for snapshot in self.kept:
+                if not (file := unfinished / snapshot_file(snapshot.step)).is_file():
+                    write_bytes_atomic(file, safetensors.torch.save(snapshot.state))
+            entries = [{"step": snapshot.step, "time": snapshot.time} for snapshot in self.kept]
+            write_json_atomic(checkpoint / KEPT, {"step": state.global_step, "before": self.before, "snapshots": entries})
+            keep_only(unfinished, checkpoint)
+            self.since = time.monotonic()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
             self.advance(1)
@@ -191,6 +234,9 @@ def _keeper(transformers: Any, model: nn.Module, trainer: Any, parts: list[tuple
                     until = training_time(trainer) or 0.0
                     self.kept[-1] = replace(self.kept[-1], time=until - self.before)
                     self.before = until
+            # Not after the last step: the model is saved then, and one that goes on is called at least once, as others are.
+            if unfinished is not None and state.global_step < state.max_steps and time.monotonic() - self.since >= KEEP_EVERY_S:
+                control.should_save = True
 
     return Keeper
 
