@@ -13,11 +13,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
 
-from whence.recipes.base import Recipe
+from whence.recipes.base import Recipe, load_recipe
 from whence.recipes.families import FAMILIES
 from whence.recipes.finetune import train_recipe
+from whence.recipes.retraining import Retraining
 from whence.recipes.settings import DataSettings, TrainingSettings
+from whence.recipes.splits import Split, collate_of, read_splits, read_train, task_of
+from whence.recipes.start import make_start
+from whence.recipes.training import measure
 
 TRAIN, VALIDATION = 24, 8
 GOOD, BAD = ("good", "great", "fine", "lovely"), ("bad", "awful", "poor", "dull")
@@ -135,6 +142,58 @@ def trained(name: str, data: Path | str, folder: Path, *, snapshots: int = 2, se
         training=TrainingSettings(**options),
         snapshots=snapshots,
     )
+
+
+Checkpoint = Callable[[str], Path]
+
+
+def opened(name: str, folder: Path, **options: Any) -> Recipe:
+    return load_recipe(SETTINGS[name][0], checkpoint_dir=folder, **options)
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return safetensors.torch.load_file(folder / "model.safetensors")
+
+
+def differing(first: dict[str, Tensor], second: dict[str, Tensor]) -> set[str]:
+    assert first.keys() == second.keys()
+    return {name for name in first if not torch.equal(first[name], second[name])}
+
+
+def measured(recipe: Recipe) -> Tensor:
+    assert recipe.collate is not None
+    return measure(recipe.model, recipe.task, recipe.queries, recipe.collate, 32)
+
+
+def procedure_of(recipe: Recipe) -> Retraining:
+    assert isinstance(recipe.retraining, Retraining)
+    return recipe.retraining
+
+
+def edit(file: Path, old: str, new: str) -> None:
+    text = file.read_text(encoding="utf-8")
+    assert old in text
+    file.write_text(text.replace(old, new, 1), encoding="utf-8")
+
+
+def started(recipe: str, **data: Any) -> tuple[Any, Any, Split, Split, DataSettings]:
+    """Return an untrained model, its tokenizer, training rows, queries and the settings."""
+    family = FAMILIES[recipe]
+    settled = family.settled(DataSettings(**data))
+    model, tokenizer = make_start(family, read_train(family, settled), settled, TrainingSettings(preset="tiny"))
+    train, queries = read_splits(family, settled, tokenizer, model.config, seed=1)
+    return model.eval(), tokenizer, train, queries, settled
+
+
+def measured_rows(recipe: str, model: Any, tokenizer: Any, rows: list[Any], settled: DataSettings) -> Tensor:
+    family = FAMILIES[recipe]
+    return measure(model, task_of(family, settled), rows, collate_of(family, model, tokenizer), 4)
+
+
+def own(folder: Path, train: list[Any], validation: list[Any]) -> str:
+    write_lines(folder / "train.jsonl", train)
+    write_lines(folder / "validation.jsonl", validation)
+    return str(folder)
 
 
 def offline_and_quick(monkeypatch: pytest.MonkeyPatch) -> None:

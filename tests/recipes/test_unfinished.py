@@ -11,9 +11,9 @@ import pytest
 from filelock import FileLock
 
 import finetuned
+from finetuned import opened
 from whence.errors import ConfigError
 from whence.recipes import training as module
-from whence.recipes.base import Recipe, load_recipe
 from whence.recipes.families import FAMILIES
 from whence.recipes.finetune import train_recipe
 from whence.recipes.settings import DataSettings, TrainingSettings
@@ -69,10 +69,6 @@ def run(name: str, data: Path, folder: Path, *, at: int | None = None, overwrite
 def interrupt(name: str, data: Path, folder: Path, at: int, **options: Any) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(name, data, folder, at=at, **options)
-
-
-def opened(name: str, folder: Path) -> Recipe:
-    return load_recipe(finetuned.SETTINGS[name][0], checkpoint_dir=folder)
 
 
 def check_same(first: Path, second: Path) -> None:
