@@ -2,8 +2,9 @@
 
     python bench/finetune_counterfactual.py wikitext checkpoints/lm --work runs/lm --name lm --remove 16 32 64
 
-Takes scores that `finetune_lds.py` left in the work folder, sums them over the first queries, removes the top rows of the sum,
-trains again from the same start and measures these queries. Retrains are kept in the work folder, so that a run that was
+Takes scores that `finetune_lds.py` left in the work folder and trains again from the same start without the top rows: with
+`--mode sum` those of the scores' sum over the first queries, with `--mode each` every query's own, for the queries that the model
+classifies right by the smallest margins. Retrains are kept in the work folder, so that a run that was
 stopped continues. Writes results/finetune_counterfactual_NAME.json and a picture in docs/images.
 """
 
@@ -22,6 +23,7 @@ from support.finetune_setting import Setting
 from whence.evaluate.counterfactual import counterfactual
 from whence.recipes.base import load_recipe
 from whence.recipes.quality import tokens_of
+from whence.recipes.training import measure
 from whence.report.counterfactual import counterfactual_picture
 from whence.runtime.progress import Stages
 from whence.tasks import CausalLM
@@ -35,6 +37,7 @@ def main() -> int:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--name", required=True)
+    parser.add_argument("--mode", choices=["sum", "each"], default="sum")
     parser.add_argument("--orders", nargs="*", default=list(ORDERS))
     parser.add_argument("--remove", nargs="*", type=int, required=True)
     parser.add_argument("--queries", type=int, default=20)
@@ -46,21 +49,31 @@ def main() -> int:
     recipe = load_recipe(options.recipe, checkpoint_dir=options.checkpoint)
     setting = Setting(recipe=recipe, work=options.work, checkpoint=options.checkpoint)
     queries = list(range(min(options.queries, len(recipe.queries))))
+    if options.mode == "each":
+        with torch.no_grad():
+            measured = measure(recipe.model, recipe.task, recipe.queries, recipe.collate, 32)
+        queries = sorted(torch.where(measured < 0, measured, -torch.inf).argsort(descending=True)[: options.queries].tolist())
     result = counterfactual(
         {name: setting.scores(name, METHODS[name]) for name in options.orders},
         recipe.retraining,
         remove=options.remove,
-        mode="sum",
+        mode=options.mode,
         queries=queries,
         repeats=options.repeats,
-        tokens=tokens_of(recipe, recipe.queries) if isinstance(recipe.task, CausalLM) else None,
+        tokens=tokens_of(recipe, recipe.queries) if isinstance(recipe.task, CausalLM) and options.mode == "sum" else None,
         folder=options.work / "retrain",
         n_jobs=options.jobs,
         stages=Stages(),
     )
     Console(width=140).print(result.table())
     counterfactual_picture(options.pictures / f"counterfactual-{options.name}.svg", result)
-    settings = {"train": len(recipe.train), "queries": len(queries), "repeats": options.repeats, "key": recipe.retraining.key}
+    settings = {
+        "train": len(recipe.train),
+        "queries": len(queries),
+        "repeats": options.repeats,
+        "mode": options.mode,
+        "key": recipe.retraining.key,
+    }
     figures = {"environment": environment(), "settings": settings, "result": result.to_json()}
     write_results(f"finetune_counterfactual_{options.name}", figures)
     return 0

@@ -3,9 +3,9 @@
     whence train glue --task sst2 --flip 0.1 --model MODEL ... --checkpoint-dir checkpoints/flipped
     python bench/sst2_mislabeled.py checkpoints/flipped --work runs/sst2_mislabeled
 
-Ranks the training rows by self-influence (EKFAC and identity), by their loss, and by cleanlab's two ways from five-fold
-cross-validated probabilities; gives recall and area under the ROC curve. Then drops as many rows as were flipped, by each
-ranking and at random, trains again with three seeds, and measures the validation rows. Writes results/sst2_mislabeled.json.
+Ranks the training rows by self-influence (EKFAC and identity, and identity over the run), by their loss, and by cleanlab's two ways
+from five-fold cross-validated probabilities; gives recall and area under the ROC curve. Then drops as many rows as were flipped, by each
+ranking and at random, trains again with three seeds, and measures the validation rows. Writes results/NAME.json.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from support.common import environment, print_table, write_results
 from torch import Tensor
 
 from whence.attributor import Attributor
+from whence.checkpoints import Checkpoints
 from whence.evaluate.mislabeled import recall_curve
 from whence.evaluate.retrain import RetrainSpec, retrain_all
 from whence.evidence.compare import suspicious_orders
@@ -71,6 +72,13 @@ def cleanlab_orders(recipe: Recipe, checkpoint: Path, work: Path) -> dict[str, T
     }
 
 
+def over_run(recipe: Recipe, work: Path) -> dict[str, Tensor]:
+    """Return the ranking by the gradient's norm, mean over the snapshots of the run: TracIn's self-influence (G. Pruthi et al., 2020)."""
+    files = [file for file, _ in recipe.snapshots]
+    checkpoints = Checkpoints(recipe.model, recipe.task, files, run_dir=work / "over-run", collate=recipe.collate, progress=False)
+    return {"gradient norm, mean over the run": checkpoints.fit(recipe.train, strategy="identity").self_influence(recipe.train)}
+
+
 def effects(recipe: Recipe, orders: dict[str, Tensor], work: Path, repeats: int, jobs: int) -> dict[str, Any]:
     """Drop as many rows as were flipped by each order, train again, and return accuracy and measurement of the queries."""
     rows, count = range(len(recipe.train)), int(recipe.flipped.sum())
@@ -93,6 +101,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--name", default="sst2_mislabeled", help="of the results")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args()
@@ -100,7 +109,9 @@ def main() -> int:
     recipe = load_recipe("glue", checkpoint_dir=options.checkpoint)
     attributor = Attributor(recipe.model, recipe.task, run_dir=options.work / "run", collate=recipe.collate)
     attributor.fit(recipe.train)
-    orders = suspicious_orders(attributor, recipe) | cleanlab_orders(recipe, options.checkpoint, options.work)
+    orders = (
+        suspicious_orders(attributor, recipe) | over_run(recipe, options.work) | cleanlab_orders(recipe, options.checkpoint, options.work)
+    )
     flipped = recipe.flipped
     curves = {name: recall_curve(order, flipped) for name, order in orders.items()}
     found = {
@@ -118,7 +129,7 @@ def main() -> int:
     )
     settings = {"rows": len(flipped), "flipped": int(flipped.sum()), "queries": len(recipe.queries), "key": recipe.retraining.key}
     figures = {"environment": environment(), "settings": settings | {"model": quality(recipe)}, "rankings": found, "trained_again": bought}
-    write_results("sst2_mislabeled", figures)
+    write_results(options.name, figures)
     return 0
 
 
