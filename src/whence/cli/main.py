@@ -20,6 +20,7 @@ from whence.cli.clean import clean
 from whence.cli.config import read_config
 from whence.cli.demo import demo
 from whence.cli.plan import plan
+from whence.cli.report import report
 from whence.cli.train import train
 from whence.errors import MismatchError, NotFittedError, NumericalError, StorageError, WhenceError
 
@@ -38,6 +39,7 @@ EXAMPLES = {
     "evaluate tail-patch": "whence evaluate tail-patch digits --scores ekfac",
     "evaluate duplicates": "whence evaluate duplicates digits",
     "clean": "whence clean digits --fraction 0.05 --out cleaned.parquet",
+    "report": "whence report runs/digits --out report.html",
     "demo": "whence demo --out runs/demo",
 }
 
@@ -58,6 +60,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "top": attribute.top,
     **{f"evaluate {name}": verb for name, verb in evaluate.VERBS.items()},
     "clean": clean,
+    "report": report,
     "demo": demo,
 }
 

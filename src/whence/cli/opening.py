@@ -30,7 +30,22 @@ def open_recipe(spec: str, run: RunOptions, data: DataOptions) -> tuple[Attribut
     from whence.recipes.base import load_recipe
 
     found = load_recipe(spec, **data.given())
-    return Attributor(found.model, found.task, run_dir=run_folder(found, run), **_options(found, run)), found
+    attributor = Attributor(found.model, found.task, run_dir=run_folder(found, run), **_options(found, run))
+    attributor.run.origin = {"recipe": origin(spec, data)}
+    return attributor, found
+
+
+def origin(spec: str, data: DataOptions) -> dict[str, Any]:
+    """Return what whence report needs to open a recipe again: its name and options; files and folders by their whole path."""
+    file, colon, name = spec.rpartition(":")
+    options = {key: _whole(value) if key in ("checkpoint_dir", "data", "train_file") else value for key, value in data.given().items()}
+    return {"spec": f"{_whole(file)}:{name}" if colon and file.endswith(".py") else spec, "options": options}
+
+
+def _whole(path: Any) -> str:
+    # A name on the hub is no file here, and stays what it is.
+    found = Path(path).expanduser()
+    return str(found.resolve() if found.exists() else path)
 
 
 def open_snapshots(found: Recipe, run: RunOptions) -> Checkpoints:

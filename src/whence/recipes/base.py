@@ -44,6 +44,8 @@ class Recipe:
         queries: rows whose measurement is to be explained.
         collate: makes a batch of a list of rows; None: torch's `default_collate`.
         describe: text about a row, for people; it may have several lines.
+        tokens: text of each token of a row, in their order; for the page of whence report.
+        picture: image of a row, as `whence.report.pictures.picture` takes it; 0 is paper and 1 is ink.
         layers: which layers to track, as for `whence.Attributor`.
         layer_sets: lists of layers that can be asked for by a name.
         raw: training rows as they were read, to be filtered and written again; None: there are none.
@@ -67,6 +69,8 @@ class Recipe:
     queries: Any
     collate: Callable[[list[Any]], Any] | None = None
     describe: Callable[[Any], str] | None = None
+    tokens: Callable[[Any], Sequence[str]] | None = None
+    picture: Callable[[Any], Tensor] | None = None
     layers: str | Sequence[str] | None = None
     layer_sets: Mapping[str, Sequence[str]] = field(default_factory=dict)
     raw: Sequence[dict[str, Any]] | None = None
@@ -96,7 +100,7 @@ class Recipe:
                 raise RecipeError(
                     f"Recipe {self.name}: {name} is {_what(rows)}; give rows with __len__ and __getitem__: a list or a map-style data set."
                 )
-        for name in ("collate", "describe"):
+        for name in ("collate", "describe", "tokens", "picture"):
             if getattr(self, name) is not None and not callable(getattr(self, name)):
                 raise RecipeError(f"Recipe {self.name}: {name} is {_what(getattr(self, name))}; give a function or None.")
 

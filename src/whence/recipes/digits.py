@@ -175,6 +175,7 @@ def make_recipe(network: nn.Module, data: DigitsData, settings: DigitsSettings =
         train=data.train,
         queries=[data.test[number] for number in misread],
         describe=describe,
+        picture=lambda row: row.image,
         raw=[{"image": row.image.flatten().tolist(), "label": row.label} for row in data.train],
         classes=torch.tensor([row.label for row in data.train]),
         query_classes=torch.tensor([data.test[number].label for number in misread]),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from whence.pretrained import open_pretrained
 from whence.pretrained.kinds import need, quiet
 from whence.recipes.base import Recipe
 from whence.recipes.family import Family
+from whence.recipes.pieces import pieces
 from whence.recipes.retraining import START, Retraining
 from whence.recipes.rows import DATA_VARIABLE, Row
 from whence.recipes.settings import DataSettings, TrainingSettings, data_settings, to_json
@@ -136,10 +138,9 @@ def open_finetuned(family: Family, checkpoint_dir: str | Path | None, data: Data
         model, task, collate = open_pretrained(checkpoint_dir, task=task_of(family, data))
     tokenizer = need("transformers").AutoTokenizer.from_pretrained(checkpoint_dir)
     training = None if record is None else TrainingSettings(**_known(TrainingSettings, record["training"]))
-    if training is not None:
-        freeze(model, training.freeze)
     raw = read_train(family, data)
-    if record is not None:
+    if record is not None and training is not None:
+        freeze(model, training.freeze)
         _check_unchanged(family, folder, data, raw, record)
     train = encode_train(family, data, tokenizer, model.config, raw, 0 if training is None else training.seed)
     queries = read_queries(family, data, tokenizer, model.config)
@@ -151,6 +152,7 @@ def open_finetuned(family: Family, checkpoint_dir: str | Path | None, data: Data
         queries=queries.encoded,
         collate=collate,
         describe=_text,
+        tokens=partial(pieces, tokenizer),
         layer_sets=family.layer_sets,
         raw=train.raw,
         flipped=train.flipped,

@@ -185,8 +185,17 @@ def render(page: Page) -> str:
     Raises:
         ConfigError: jinja2 is not installed.
     """
+    return str(templates().get_template("page.html").render(page=page, anchors=_anchors(page.sections)))
+
+
+def templates() -> Any:
+    """Return jinja2's environment of the templates here; everything they print is escaped.
+
+    Raises:
+        ConfigError: jinja2 is not installed.
+    """
     jinja2: Any = require_extra("jinja2")
-    environment = jinja2.Environment(
+    return jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
@@ -194,7 +203,6 @@ def render(page: Page) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    return environment.get_template("page.html").render(page=page, anchors=_anchors(page.sections))
 
 
 def _anchors(sections: Sequence[Section]) -> list[str]:

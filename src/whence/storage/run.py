@@ -145,9 +145,13 @@ class RunFolder:
 
     Args:
         path: the folder, made when first needed. None: a temporary one, removed with this object.
+
+    Attributes:
+        origin: JSON that every record of this object gets, such as the recipe that the command line opened.
     """
 
     def __init__(self, path: Path | str | None = None) -> None:
+        self.origin: dict[str, Any] = {}
         if path is not None:
             self.path = Path(path)
             return
@@ -175,13 +179,18 @@ class RunFolder:
                 with FileLock(self.path / ".run.lock", timeout=_LOCK_WAIT_S):
                     for left_over in self.path.glob(".run.json.*.tmp"):
                         left_over.unlink(missing_ok=True)
-                    record = json.loads(json.dumps(provenance() | dict(entry), default=str))
-                    write_json_atomic(path, [*_read_records(path), record])
+                    record = json.loads(json.dumps(provenance() | self.origin | dict(entry), default=str))
+                    write_json_atomic(path, [*read_records(path), record])
             except Timeout:
                 raise StorageError(f"{path} is being written by another process for {_LOCK_WAIT_S:.0f} s. Wait for it to end.") from None
 
 
-def _read_records(path: Path) -> list[Any]:
+def read_records(path: Path) -> list[Any]:
+    """Return the records of a `run.json`, oldest first; none if there is no such file.
+
+    Raises:
+        StorageError: the file is no list of records.
+    """
     try:
         records = json.loads(path.read_bytes())
         if not isinstance(records, list):
