@@ -16,9 +16,15 @@ def pieces(tokenizer: Any, row: Mapping[str, Any]) -> list[str]:
         return []
     ids = [int(number) for number in ids]
     names = [str(name) for name in tokenizer.convert_ids_to_tokens(ids)]
-    if any(name.startswith("Ġ") for name in names):  # tokens of bytes, with spaces of their own
-        return [str(tokenizer.decode([number])) for number in ids]
-    return [_word(name, place) for place, name in enumerate(names)]
+    special = set(tokenizer.all_special_ids)
+    of_bytes = any(name.startswith("Ġ") for name in names)  # with spaces of their own
+    told = []
+    for place, (number, name) in enumerate(zip(ids, names, strict=True)):
+        if number in special:
+            told.append(f" {name} ")
+        else:
+            told.append(str(tokenizer.decode([number])) if of_bytes else _word(name, place))
+    return told
 
 
 def _word(name: str, place: int) -> str:

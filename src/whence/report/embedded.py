@@ -14,10 +14,13 @@ _ESCAPES = {ord("<"): "\\u003c", ord(">"): "\\u003e", ord("&"): "\\u0026", 0x202
 def safe_json(value: Any) -> str:
     """Return JSON for a script element of type application/json: ASCII, without `<`, `>` and `&`.
 
+    Lone surrogates become `?`, as they do in the page's own text: browsers cannot write them out again.
+
     Raises:
         ValueError: a number is NaN or infinite.
     """
-    return json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":")).translate(_ESCAPES)
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace").decode("utf-8")
+    return json.dumps(json.loads(text), separators=(",", ":")).translate(_ESCAPES)
 
 
 def content_policy(*, style: str, script: str) -> str:

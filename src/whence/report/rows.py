@@ -102,7 +102,7 @@ class Shelf:
             self.size += sum(len(str(value)) + 12 for value in shown[index].values())
         row = shown[index]
         if tokens and rows is not None and self.source.tokens is not None and "tokens" not in row:
-            row["tokens"] = [str(token) for token in self.source.tokens(rows[index])][:MOST_TOKENS]
+            row["tokens"] = _without_empty_lines([str(token) for token in self.source.tokens(rows[index])][:MOST_TOKENS])
             self.size += sum(len(token) + 3 for token in row["tokens"])
         return row
 
@@ -128,7 +128,7 @@ class Shelf:
         if source.picture is not None:
             shown = picture(source.picture(row), alt="", ink=True)
             told["picture"] = shown.source
-        text = self._text(row, told.get("label"))
+        text = re.sub(r"\s*\n\s*", "\n", self._text(row, told.get("label")) or "")
         if text:
             told["text"] = text[:LONGEST_TEXT]
             if len(text) > LONGEST_TEXT:
@@ -144,6 +144,17 @@ class Shelf:
             return found if isinstance(found, str) else None
         text = str(self.source.describe(row)).strip()
         return text if label is None else _without_label(text, label)
+
+
+def _without_empty_lines(tokens: list[str]) -> list[str]:
+    """Return tokens of which none starts a new line on an empty one; their number stays."""
+    kept, empty = [], True
+    for token in tokens:
+        token = re.sub(r"\s*\n\s*", "\n", token)
+        token = token.lstrip("\n") if empty else token
+        empty = token.endswith("\n") or (empty and not token.strip())
+        kept.append(token)
+    return kept
 
 
 def _without_label(text: str, label: str) -> str:

@@ -25,7 +25,7 @@ from whence.storage.run import fingerprint_rows, read_records, write_bytes_atomi
 from whence.storage.shards import ShardStore
 
 SELF_INFLUENCE_ROWS = 60
-_LAST = ("gradient-cosine", "duplicates", "calibration", "segment")  # what checks leave
+_FIRST, _LAST = ("over-run", "ekfac"), ("gradient-cosine", "duplicates", "calibration", "segment")  # the last are what checks leave
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +153,7 @@ class _Gathered:
             elif found.values.numel():
                 read[folder.name] = found
         known = {name: self._known(found) for name, found in read.items()}
-        order = sorted(read, key=lambda name: (known[name] != (True, True), name in _LAST, not name.startswith("over-run"), name))
+        order = sorted(read, key=lambda name: (known[name] != (True, True), name in _LAST, name not in _FIRST, name == "ekfac", name))
         views = []
         for place, name in enumerate(order, start=1):
             found, (train, queries) = read[name], known[name]

@@ -11,7 +11,8 @@ from whence.report.page import templates
 
 SIGN = (
     "A score is the first-order effect of training on a row. For it: training on the row lowered what is measured for the query, so for a "
-    "loss it helped. Against it: it harmed. Bars compare rows with the strongest one of all for this query."
+    "loss it helped. Against it: it harmed. Bars compare rows with the strongest one of all for this query. "
+    "Flipped: the label was made wrong on purpose. Tokens, where they are marked, are marked by their part of the score."
 )
 _SECTIONS = {
     "scores": ("queries", "Queries"),

@@ -149,7 +149,10 @@ class _View:
         return hit | ({"heat": heats[column]} if column in heats else {})
 
     def _heats(self, place: int, sides: list[list[int]]) -> dict[int, list[int]]:
-        """Return each shown row's tokens as shades from -SHADES to SHADES; the strongest token of all has the strongest."""
+        """Return each shown row's tokens as shades from -SHADES to SHADES, by the root of their part of the score.
+
+        The strongest token of all rows has the strongest shade; without the root, one such token leaves all others pale.
+        """
         tokens = self.scores.per_token
         if tokens is None or tokens.shape[2] == 0 or self.shelf.source.tokens is None:
             return {}
@@ -158,7 +161,7 @@ class _View:
         largest = max([float(part.abs().max()) for part in parts.values()], default=0.0)
         if largest == 0:
             return {}
-        return {column: (SHADES * part / largest).round().int().tolist() for column, part in parts.items()}
+        return {column: (SHADES * part.sign() * (part.abs() / largest).sqrt()).round().int().tolist() for column, part in parts.items()}
 
     def _layers(self, place: int) -> list[list[Any]]:
         """Return `[name, share, width]` of the layers with the largest shares, and of all others together."""
@@ -167,7 +170,8 @@ class _View:
         if not whole:
             return []
         ranked = sorted(sizes.items(), key=lambda item: -item[1])
-        shown, rest = ranked[:LAYERS], ranked[LAYERS:]
+        # One layer left over is named as well.
+        shown, rest = (ranked, []) if len(ranked) == LAYERS + 1 else (ranked[:LAYERS], ranked[LAYERS:])
         if rest:
             shown.append((f"{len(rest)} other layers", sum(size for _, size in rest)))
         most = max(size for _, size in shown)
@@ -179,7 +183,7 @@ def _verdict(noise: Noise | None, rows: int) -> str:
         return f"{rows:,} training rows were scored. Their scores are no bulk with a few exceptions, so that no noise level can be told."
     total = noise.above + noise.below
     if total == 0:
-        return f"None of {rows:,} training rows stands out from the noise: no single row made the model say this."
+        return f"None of {rows:,} training rows stands out from the spread of all scores; read the lists as its two ends."
     rest = "stands" if total == 1 else "stand"
     return (
         f"{total:,} of {rows:,} training rows {rest} out from the noise: {noise.above:,} for, {noise.below:,} against "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 from typing import Any, Literal
 
@@ -102,6 +103,25 @@ class Scores:
     def sums_rows(self) -> bool:
         """Whether the one column is a sum over training rows."""
         return self.settings.get("aggregate") in ("rows", "both")
+
+    def _repr_html_(self) -> str:
+        """Return a small table for notebooks: the first queries and the three rows at each end of theirs."""
+        queries, train = self.values.shape
+        caption = escape(f"Scores of {queries:,} queries and {train:,} training rows, {self.settings.get('strategy', 'given by hand')}")
+        if self.sums_rows or not self.values.numel():
+            return f"<p>{caption}; no rows to list.</p>"
+
+        def told(ranked: list[tuple[int, float]]) -> str:
+            return ", ".join(f"{row} ({score:+.3g})" for row, score in ranked)
+
+        lines = [
+            f"<tr><th scope='row'>{query if self.query_rows is None else self.query_rows[query]}</th>"
+            f"<td>{told(self.top(query, 3))}</td><td>{told(self.bottom(query, 3))}</td></tr>"
+            for query in range(min(5, queries))
+        ]
+        more = f"<tr><td colspan='3'>and {queries - 5:,} more</td></tr>" if queries > 5 else ""
+        heads = "".join(f"<th scope='col'>{name}</th>" for name in ("query", "strongest proponents: row (score)", "strongest opponents"))
+        return f"<table><caption>{caption}</caption><thead><tr>{heads}</tr></thead><tbody>{''.join(lines)}{more}</tbody></table>"
 
     def _ranked(self, query: int, k: int, *, descending: bool) -> list[tuple[int, float]]:
         queries = len(self.values)

@@ -24,7 +24,7 @@
   const tags = (row) => [
     has(row, "label") ? make("span", "tag", row.label) : null,
     has(row, "says") && row.says !== row.label ? make("span", "tag off", "model says " + row.says) : null,
-    has(row, "flipped") ? make("span", "tag off", "wrong on purpose") : null,
+    has(row, "flipped") ? make("span", "tag off", "flipped") : null,
   ];
   const words = (row, heat) => {
     if (heat && has(row, "tokens")) {
@@ -50,7 +50,7 @@
   const hit = (entry, row, place) => {
     const item = make("li", "hit" + (entry.quiet ? " quiet" : ""),
       image(row, "row " + entry.row),
-      make("p", "head", make("span", "score", entry.score), bar(entry.width), ...tags(row), make("span", "id", "row " + entry.row)),
+      make("p", "head", make("span", "score", entry.score), bar(entry.width), make("span", "id", "row " + entry.row), ...tags(row)),
       words(row, entry.heat));
     item.dataset.place = place;
     item.dataset.row = entry.row;
