@@ -61,4 +61,4 @@ def _opened(run_dir: Path, spec: str | None, data: DataOptions) -> tuple[Recipe 
     try:
         return reopened(run_dir, **data.given()), None
     except WhenceError as error:
-        return None, f"Rows are shown by number alone: {str(error).rstrip('.')}. With their texts: whence report {run_dir} --recipe RECIPE"
+        return None, f"Rows are shown by number alone: {str(error).rstrip('.')}. With texts: whence report RUN_DIR --recipe RECIPE"

@@ -37,6 +37,8 @@ def reopened(run_dir: Path, **options: Any) -> Recipe:
         raise RecipeError("run.json names no recipe, as of runs that were made from Python")
     spec = named["spec"]
     if spec not in BUILT_IN:
-        raise RecipeError(f"run.json names the recipe {spec}, a file of Python, which is run only if it is asked for: --recipe {spec}")
+        # Without its folder: the message goes onto a page that may be sent on.
+        name = spec.replace("\\", "/").rpartition("/")[2]
+        raise RecipeError(f"run.json names {name}, a file of Python, which is run only if it is asked for by --recipe")
     recorded = {key: tuple(value) if isinstance(value, list) else value for key, value in named["options"].items()}
     return load_recipe(spec, **{**recorded, **options})

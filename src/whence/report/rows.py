@@ -102,8 +102,10 @@ class Shelf:
             self.size += sum(len(str(value)) + 12 for value in shown[index].values())
         row = shown[index]
         if tokens and rows is not None and self.source.tokens is not None and "tokens" not in row:
-            row["tokens"] = _without_empty_lines([str(token) for token in self.source.tokens(rows[index])][:MOST_TOKENS])
-            self.size += sum(len(token) + 3 for token in row["tokens"])
+            found = _without_empty_lines([str(token) for token in self.source.tokens(rows[index])][:MOST_TOKENS])
+            if found:  # rows of several sequences have no one list of tokens
+                row["tokens"] = found
+                self.size += sum(len(token) + 3 for token in found)
         return row
 
     def ask_the_model(self) -> bool:
