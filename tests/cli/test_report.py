@@ -39,7 +39,7 @@ def test_a_recipe_in_a_file_is_run_only_if_asked_for(run: Any, here: Path) -> No
     (here / "recipe.py").write_text(f"open('was-run', 'w').close()\n{source}", encoding="utf-8")
     result = done(run, "report", "runs/tiny")
     assert result.out == "report: report.html\n"
-    assert "a file of Python, which is run only if it is asked for: --recipe " in result.err
+    assert "run.json names recipe.py:tiny, a file of Python, which is run only if it is asked for by --recipe." in result.err
     assert not (here / "was-run").exists()
     assert "class 1" not in (here / "report.html").read_text(encoding="utf-8")
     result = done(run, "report", "runs/tiny", "--recipe", MINE, "--out", "sub/page.html", "--json")
@@ -90,3 +90,16 @@ def test_texts_of_a_fine_tuned_model_are_found_from_anywhere(run: Any, here: Pat
     (here / "ck").rename(here / "moved")
     assert "Rows are shown by number alone: " in done(run, "report", "../mine").err
     assert done(run, "report", "../mine", "--checkpoint-dir", "../moved").err == ""
+
+
+def test_evaluations_are_kept_and_shown(run: Any, here: Path) -> None:
+    done(run, "fit", MINE)
+    done(run, "score", MINE)
+    printed = done(run, "evaluate", "duplicates", MINE, "--count", "3", "--json").data
+    assert json.loads((here / "runs/tiny/evaluations/duplicates.json").read_text(encoding="utf-8")) == printed
+    done(run, "evaluate", "tail-patch", MINE, "--scores", "ekfac", "--baselines", "random", "--k", "2")
+    done(run, "report", "runs/tiny", "--recipe", MINE)
+    page = (here / "report.html").read_text(encoding="utf-8")
+    assert "Training rows that are asked for themselves (duplicates)" in page
+    assert "One more step on the strongest rows (tail-patch): 7 queries" in page
+    assert "Mean reciprocal rank" in page

@@ -66,7 +66,7 @@ def lds(
         f"LDS on {figures['subsets']} subsets, {figures['repeats']} retrains each, {figures['queries']} queries; {known}",
         *output.table(["scores", "LDS", "95% interval", f"less {scores[0]}"], rows),
     ]
-    output.data(lines, {"recipe": found.name, **figures}, as_json=run.json)
+    output.data(lines, {"recipe": found.name, **figures}, as_json=run.json, keep=attributor.run.sub("evaluations", "lds.json"))
     output.stage_table(attributor.stages)
 
 
@@ -100,7 +100,8 @@ def counterfactual(
     check = partial(check_counterfactual, remove=remove, mode=mode, queries=queries)
     attributor, found, orders = _orders(recipe, run, data, scores, baselines, check)
     result = counterfactual_of(attributor, found, orders, remove=remove, mode=mode, queries=queries, seed=run.seed, **again)
-    output.data(output.rendered(result.table()), {"recipe": found.name, **result.to_json()}, as_json=run.json)
+    kept = attributor.run.sub("evaluations", "counterfactual.json")
+    output.data(output.rendered(result.table()), {"recipe": found.name, **result.to_json()}, as_json=run.json, keep=kept)
     if plot is not None:
         counterfactual_picture(plot, result)
     output.stage_table(attributor.stages)
@@ -169,7 +170,8 @@ def mislabeled(
         f"{int(flipped.sum())} of {len(flipped)} labels are wrong; share of them among the rows that are looked at first",
         *output.table(["ranking", "AUC", *(f"first {m:.0%}" for m in marks)], rows),
     ]
-    output.data(lines, {"recipe": found.name, "flipped": int(flipped.sum()), "rankings": figures}, as_json=run.json)
+    values = {"recipe": found.name, "flipped": int(flipped.sum()), "rankings": figures}
+    output.data(lines, values, as_json=run.json, keep=attributor.run.sub("evaluations", "mislabeled.json"))
     if plot is not None:
         recall_picture(plot, curves)
     output.closing(attributor)
@@ -205,7 +207,9 @@ def tail_patch(
         f"{len(result.before)} queries, their measurement {float(result.before.mean()):.4g} on average",
         *output.table(["order", f"fall after a step on {k} rows", "95% interval"], rows),
     ]
-    output.data(lines, {"recipe": found.name, **result.to_json()}, as_json=run.json)
+    output.data(
+        lines, {"recipe": found.name, **result.to_json()}, as_json=run.json, keep=attributor.run.sub("evaluations", "tail-patch.json")
+    )
     output.stage_table(attributor.stages)
 
 
@@ -233,7 +237,8 @@ def duplicates(
         for name, one in results.items()
     ]
     lines = output.table(["scores", "itself first", "in the first 10", "mean reciprocal rank"], rows)
-    output.data(lines, {"recipe": found.name, "scores": {name: one.to_json() for name, one in results.items()}}, as_json=run.json)
+    values = {"recipe": found.name, "scores": {name: one.to_json() for name, one in results.items()}}
+    output.data(lines, values, as_json=run.json, keep=attributor.run.sub("evaluations", "duplicates.json"))
     output.closing(attributor)
 
 

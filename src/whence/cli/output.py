@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from rich.table import Table
 
@@ -22,8 +23,14 @@ def message(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def data(lines: list[str], value: dict[str, Any], *, as_json: bool) -> None:
-    """Write the result to standard output: `lines` for people, or `value` as one JSON object."""
+def data(lines: list[str], value: dict[str, Any], *, as_json: bool, keep: Path | None = None) -> None:
+    """Write the result to standard output: `lines` for people, or `value` as one JSON object; `keep`: the latter also into a file."""
+    if keep is not None:
+        from whence.storage.run import explain_write_errors, write_json_atomic
+
+        with explain_write_errors(keep):
+            keep.parent.mkdir(parents=True, exist_ok=True)
+        write_json_atomic(keep, json.loads(json.dumps(value, default=str)))
     if as_json:
         print(json.dumps(value, indent=2, allow_nan=False, default=str))
     else:
