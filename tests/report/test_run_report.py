@@ -163,7 +163,7 @@ def test_evaluations_that_lie_in_the_folder_are_shown(plain: tuple[Path, whence.
     (folder / "evaluations" / "lds.json").write_text(json.dumps(kept), encoding="utf-8")
     (folder / "evaluations" / "odd.json").write_text('{"methods": 3}', encoding="utf-8")
     page = page_of(folder, tmp_path / "page.html", recipe=found)
-    assert "Linear datamodeling score (lds): 7 subsets, 2 retrains each, ceiling 0.900" in page
+    assert "Linear datamodeling score (lds): 7 subsets × 2 retrains, ceiling 0.900" in page
     assert "0.400 to 0.600" in page
     assert "(odd)" not in page
     (folder / "evaluations" / "lds.json").unlink()
@@ -178,7 +178,8 @@ def test_what_cannot_be_shown_is_told(plain: tuple[Path, whence.Recipe], tmp_pat
     whence.Scores(values=torch.ones(2, 1), settings={"aggregate": "rows"}).save(tmp_path / "run" / "scores" / "sum")
     made = run_report(tmp_path / "run", tmp_path / "page.html")
     assert made.notices == ("Scores sum are left out: they are sums over training rows.",)
-    RunFolder(tmp_path / "bare").record({"call": "fit"})
+    odd = {"call": "fit", "stages": [3, {"name": "x"}], "coverage": {"left_out": []}}
+    RunFolder(tmp_path / "bare").record(odd)
     assert "There are no scores by row in this run folder yet." in page_of(tmp_path / "bare", tmp_path / "page.html")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 
@@ -16,20 +16,15 @@ def pieces(tokenizer: Any, row: Mapping[str, Any]) -> list[str]:
         return []
     ids = [int(number) for number in ids]
     names = [str(name) for name in tokenizer.convert_ids_to_tokens(ids)]
+    read = _reader(tokenizer, names)
     special = set(tokenizer.all_special_ids)
-    of_bytes = any(name.startswith("Ġ") for name in names)  # with spaces of their own
-    told = []
-    for place, (number, name) in enumerate(zip(ids, names, strict=True)):
-        if number in special:
-            told.append(f" {name} ")
-        else:
-            told.append(str(tokenizer.decode([number])) if of_bytes else _word(name, place))
-    return told
+    return [f" {name} " if number in special else read(number, name) for number, name in zip(ids, names, strict=True)]
 
 
-def _word(name: str, place: int) -> str:
-    if name.startswith("##"):  # the middle of a word, in WordPiece
-        return name[2:]
-    if name.startswith("▁"):  # a space, in SentencePiece
-        return f" {name[1:]}"
-    return name if place == 0 else f" {name}"
+def _reader(tokenizer: Any, names: list[str]) -> Callable[[int, str], str]:
+    """Return what gives the text of a token by its number and name; how words are told apart shows in the names of a row."""
+    if any("▁" in name for name in names):  # SentencePiece
+        return lambda number, name: name.replace("▁", " ")
+    if any(name.startswith("Ġ") for name in names):  # tokens of bytes, whose names are no text
+        return lambda number, name: str(tokenizer.decode([number]))
+    return lambda number, name: name[2:] if name.startswith("##") else f" {name}"

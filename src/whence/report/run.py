@@ -130,8 +130,8 @@ class _Gathered:
             "tables": [
                 *([Table(caption="Stages", columns=columns, rows=stages, total=True)] if stages else []),
                 *([settings_table(self.settings)] if self.settings else []),
-                *([history(records)] if records else []),
             ],
+            "history": history(records),
             "rows": rows,
             "noise": NOISE,
             "shared": f"{SHARED:.0%}",
@@ -203,4 +203,6 @@ class _Gathered:
             view = self_influence_view(folder.name, values, store.settings.get("train rows"), store.settings, shelf, SELF_INFLUENCE_ROWS)
             views.append(view | {"known": known, "shown_rows": f"{view['rows']:,}"})
             self.settings[f"self-influence {folder.name}"] = store.settings
-        return sorted(views, key=lambda view: (view["about"].startswith("norm"), view["name"] == "mislabeled"))
+        views.sort(key=lambda view: (view["about"].startswith("norm"), view["name"] == "mislabeled"))
+        # Checks keep under a name of their own what may be there already.
+        return [view for place, view in enumerate(views) if view["hits"] not in [other["hits"] for other in views[:place]]]

@@ -39,7 +39,7 @@ def _table(name: str, found: Mapping[str, Any]) -> Table | None:
 
 def _lds(name: str, found: Mapping[str, Any]) -> Table:
     ceiling = found.get("ceiling")
-    head = f"Linear datamodeling score ({name}): {found['subsets']} subsets, {found['repeats']} retrains each"
+    head = f"Linear datamodeling score ({name}): {found['subsets']} subsets × {found['repeats']} retrains"
     rows = [[method, f"{one['lds']:.3f}", _interval(one["interval"])] for method, one in found["methods"].items()]
     return Table(
         caption=head + ("" if ceiling is None else f", ceiling {ceiling:.3f}"), columns=["Scores", "LDS", "95% interval"], rows=rows

@@ -28,8 +28,8 @@ def render_run(page: Mapping[str, Any]) -> str:
     """Return the page as HTML.
 
     Args:
-        page: `title`, `notices`, `scores`, `self_influence`, `alike`, `evaluations`, `coverage`, `tables`, `rows`, `noise`, `shared` and
-            `footer`, as `whence.report.run` gathers them.
+        page: `title`, `notices`, `scores`, `self_influence`, `alike`, `evaluations`, `coverage`, `tables`, `history`, `rows`, `noise`,
+            `shared` and `footer`, as `whence.report.run` gathers them.
 
     Raises:
         ConfigError: jinja2 is not installed.

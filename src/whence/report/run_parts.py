@@ -78,18 +78,23 @@ def stage_rows(records: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """
     kept: list[Mapping[str, Any]] = []
     for record in records:
-        if kept and kept[-1].get("command") == record.get("command") and _includes(record.get("stages", []), kept[-1].get("stages", [])):
+        if kept and kept[-1].get("command") == record.get("command") and _includes(_stages(record), _stages(kept[-1])):
             kept.pop()
         kept.append(record)
     sums: dict[str, tuple[float, int]] = {}
     for record in kept:
-        for stage in record.get("stages", []):
+        for stage in _stages(record):
             seconds, calls = sums.get(str(stage["name"]), (0.0, 0))
             sums[str(stage["name"])] = (seconds + float(stage["total_s"]), calls + int(stage["calls"]))
     stages = Stages.from_json([{"name": name, "total_s": total, "calls": calls} for name, (total, calls) in sums.items()]).rows()
     table = [[one.name, f"{one.mean_s:.3g}", f"{one.calls:,}", f"{one.total_s:.3g}", f"{100 * one.share:.1f}"] for one in stages]
     total, calls = sum(one.total_s for one in stages), sum(one.calls for one in stages)
     return [*table, ["Total", "", f"{calls:,}", f"{total:.3g}", "100.0"]] if table else []
+
+
+def _stages(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    found = record.get("stages") or []
+    return [stage for stage in found if isinstance(stage, Mapping) and stage.keys() >= {"name", "calls", "total_s"}]
 
 
 def _includes(later: Sequence[Mapping[str, Any]], earlier: Sequence[Mapping[str, Any]]) -> bool:
@@ -149,7 +154,8 @@ def _is_hash(value: Any) -> bool:
 
 def coverage_of(records: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """Return the last record's coverage: share of the trained parameters as text, and what was left out by its reason."""
-    found = next((record["coverage"] for record in reversed(records) if record.get("coverage")), None)
+    kept = [record.get("coverage") for record in reversed(records)]
+    found = next((one for one in kept if isinstance(one, Mapping) and "share" in one), None)
     if found is None:
         return None
     reasons: dict[str, list[str]] = {}

@@ -138,6 +138,7 @@
         return a < b ? -1 : a > b ? 1 : byPlace(one, other);
       });
       list.append(...items);
+      list.classList.toggle("bare", items.length > 0 && items.every((item) => item.hidden));
     }
     byId("count").textContent = wanted || state.label ? shown + " of " + all + " rows shown" : "";
   };
