@@ -87,6 +87,8 @@ def _work(settings: DigitsSettings, out: Path) -> tuple[DigitsFindings, Attribut
     network = build_network(settings.seed)
     # A network this small gains nothing from a GPU.
     attributor = Attributor(network, Classification(), run_dir=out, device="cpu", seed=settings.seed)
+    # For whence report, which tells other rows (of another seed) by their fingerprint.
+    attributor.run.origin = {"recipe": {"spec": "digits", "options": {}}}
     with attributor.stages.stage("Train network"):
         data = load_data(settings)
         train_network(network, data.train, settings)

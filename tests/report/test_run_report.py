@@ -175,6 +175,8 @@ def test_what_cannot_be_shown_is_told(plain: tuple[Path, whence.Recipe], tmp_pat
         run_report(tmp_path / "nowhere", tmp_path / "page.html")
     with pytest.raises(ConfigError, match=r"give a recipe, or train, queries and describe"):
         run_report(folder, tmp_path / "page.html", recipe=found, train=found.train)
+    with pytest.raises(ConfigError, match=r"query 9 was not scored; the scored ones are 0, 1, 2, 3\."):
+        run_report(folder, tmp_path / "page.html", shown=Shown(chosen=[1, 9]))
     whence.Scores(values=torch.ones(2, 1), settings={"aggregate": "rows"}).save(tmp_path / "run" / "scores" / "sum")
     made = run_report(tmp_path / "run", tmp_path / "page.html")
     assert made.notices == ("Scores sum are left out: they are sums over training rows.",)

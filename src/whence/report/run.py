@@ -21,7 +21,7 @@ from whence.report.run_page import render_run
 from whence.report.run_parts import alike_view, coverage_of, history, self_influence_view, settings_table, stage_rows, suspects
 from whence.report.run_scores import LARGEST, NOISE, Shown, explain_reading, scores_view
 from whence.scores.matrix import Scores
-from whence.storage.run import fingerprint_rows, read_records, write_bytes_atomic
+from whence.storage.run import explain_write_errors, fingerprint_rows, read_records, write_bytes_atomic
 from whence.storage.shards import ShardStore
 
 SELF_INFLUENCE_ROWS = 60
@@ -74,7 +74,8 @@ def run_report(
         notice: one more sentence to be shown above everything.
 
     Raises:
-        ConfigError: the extra `report` is not installed, there is no such folder or no run in it, or rows are given twice.
+        ConfigError: the extra `report` is not installed, there is no such folder or no run in it, a chosen query was not scored, or
+            rows are given twice.
         StorageError: a file is damaged or cannot be written.
     """
     require_extra("jinja2")
@@ -88,7 +89,8 @@ def run_report(
     source = RowSource(train=train, queries=queries, describe=describe, tokens=tokens) if recipe is None else RowSource.of_recipe(recipe)
     gathered = _Gathered(folder=folder, shelf=Shelf(source), notices=[] if notice is None else [notice])
     content = gathered.html(folder.resolve().name if recipe is None else recipe.name, shown or Shown()).encode("utf-8", "replace")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with explain_write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes_atomic(path, content)
     return RunReport(path=path, size=len(content), scores=gathered.names, notices=tuple(gathered.notices))
 
@@ -152,14 +154,14 @@ class _Gathered:
                 self.notices.append(f"Scores {folder.name} are left out: they are sums over training rows.")
             elif found.values.numel():
                 read[folder.name] = found
+        _check_chosen(shown, read)
         known = {name: self._known(found) for name, found in read.items()}
         order = sorted(read, key=lambda name: (known[name] != (True, True), name in _LAST, name not in _FIRST, name == "ekfac", name))
         views = []
         for place, name in enumerate(order, start=1):
             found, (train, queries) = read[name], known[name]
             shelf = self.shelf if train else Shelf(RowSource())
-            chosen = shown if queries or shown.chosen is None else Shown(k=shown.k, most=shown.most)
-            view = scores_view(name, found, shelf, chosen, queries_known=queries and train, largest=LARGEST * place / len(order))
+            view = scores_view(name, found, shelf, shown, queries_known=queries and train, largest=LARGEST * place / len(order))
             if view["queries"]:
                 views.append(view | {"known": train, "shown_rows": f"{view['rows']:,}"})
                 self.settings[name] = found.settings
@@ -206,3 +208,13 @@ class _Gathered:
         views.sort(key=lambda view: (view["about"].startswith("norm"), view["name"] == "mislabeled"))
         # Checks keep under a name of their own what may be there already.
         return [view for place, view in enumerate(views) if view["hits"] not in [other["hits"] for other in views[:place]]]
+
+
+def _check_chosen(shown: Shown, read: Mapping[str, Scores]) -> None:
+    scored = {row for found in read.values() for row in (found.query_rows or range(len(found.values)))}
+    missing = [row for row in shown.chosen or () if row not in scored]
+    if missing:
+        have = (
+            f"the scored ones are {', '.join(map(str, sorted(scored)[:20]))}{' ...' if len(scored) > 20 else ''}" if scored else "none was"
+        )
+        raise ConfigError(f"query {missing[0]} was not scored; {have}.")
