@@ -9,6 +9,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BENCH_VENV ?= .venv-bench
 PIP_ARGS ?=
+# Files of tests on all cores; every test keeps to one thread. PARALLEL= runs them one after another.
+PARALLEL ?= --numprocesses auto --dist loadfile
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS) --editable
 
@@ -19,10 +21,10 @@ demo: $(VENV)/.demo ## find wrong labels among handwritten digits; writes runs/d
 	$(BIN)/whence demo --out runs/demo
 
 test: lint ## linter, types and quick tests
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" $(PARALLEL)
 
 test-all: lint ## the same with the slow tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 bench: $(BENCH_VENV)/.bench ## compare with a peer library (an hour and a half); writes JSON into bench/results
 	set -e; for name in kronfluence_parity kronfluence_speed digits_lds precision plan_accuracy; do echo "== $$name"; $(BENCH_VENV)/bin/python bench/$$name.py; done
