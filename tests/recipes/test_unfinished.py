@@ -156,7 +156,7 @@ def test_another_training_does_not_go_on(tmp_path: Path) -> None:
     assert run("sst2", data, folder).shown == "Training, continued", "a refusal takes nothing away"
 
 
-def test_overwrite_starts_anew(data: Path, tmp_path: Path) -> None:
+def test_overwrite_starts_something_else_anew(data: Path, tmp_path: Path) -> None:
     interrupt("sst2", data, tmp_path / "model", 5)
     interrupt("sst2", data, tmp_path / "model", 3, seed=5, overwrite=True)
     stages = run("sst2", data, tmp_path / "model", seed=5)
@@ -165,6 +165,16 @@ def test_overwrite_starts_anew(data: Path, tmp_path: Path) -> None:
     check_same(tmp_path / "model", tmp_path / "usual")
     with pytest.raises(ConfigError, match=r"is not empty\. Give a new folder"):
         run("sst2", data, tmp_path / "model", seed=5)
+
+
+def test_the_same_command_with_overwrite_goes_on(data: Path, tmp_path: Path) -> None:
+    interrupt("sst2", data, tmp_path / "model", 5, overwrite=True)
+    stages = run("sst2", data, tmp_path / "model", overwrite=True)
+    assert stages.shown == "Training, continued"
+    assert stages.advanced[0] == 4
+    run("sst2", data, tmp_path / "model", overwrite=True)  # of a finished one: from its beginning
+    run("sst2", data, tmp_path / "usual")
+    check_same(tmp_path / "model", tmp_path / "usual")
 
 
 def test_two_trainings_of_one_folder(data: Path, tmp_path: Path) -> None:

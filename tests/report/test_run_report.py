@@ -180,6 +180,9 @@ def test_what_cannot_be_shown_is_told(plain: tuple[Path, whence.Recipe], tmp_pat
     whence.Scores(values=torch.ones(2, 1), settings={"aggregate": "rows"}).save(tmp_path / "run" / "scores" / "sum")
     made = run_report(tmp_path / "run", tmp_path / "page.html")
     assert made.notices == ("Scores sum are left out: they are sums over training rows.",)
+    summed = whence.Scores(values=torch.ones(1, 3), query_rows=[3, 5], settings={"aggregate": "queries"})
+    summed.save(tmp_path / "summed" / "scores" / "sum")
+    assert "The sum of all queries" in page_of(tmp_path / "summed", tmp_path / "page.html")
     odd = {"call": "fit", "stages": [3, {"name": "x"}], "coverage": {"left_out": []}}
     RunFolder(tmp_path / "bare").record(odd)
     assert "There are no scores by row in this run folder yet." in page_of(tmp_path / "bare", tmp_path / "page.html")

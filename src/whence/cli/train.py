@@ -28,7 +28,7 @@ def train(
     Args:
         recipe: glue, swag or wikitext.
         snapshots: States in the midst of training to keep, for scores over a whole run.
-        overwrite: Replace a model that is in the folder.
+        overwrite: Replace a model that is in the folder, or an unfinished training of something else.
         json: Print the data as JSON.
     """
     from whence.recipes.families import FAMILIES

@@ -58,7 +58,7 @@ def train_recipe(
         checkpoint_dir: a new or empty folder, or one of an interrupted training of the same.
         data, training: what is None in them is the recipe's choice.
         snapshots: how many states in the midst of training to keep, for scores over a whole run.
-        overwrite: replace a model that is there, or start an interrupted training anew.
+        overwrite: replace a model, or an interrupted training of something else, that is there.
         stages: gets the time and shows progress.
 
     Raises:

@@ -34,7 +34,7 @@ def unfinished(folder: Path, made_of: dict[str, Any], *, overwrite: bool) -> Ite
     Args:
         folder: the checkpoint folder.
         made_of: all that the weights depend on, JSON values by name.
-        overwrite: start anew, whatever is there.
+        overwrite: start anew where a training of something else is there; one of the same goes on.
 
     Raises:
         ConfigError: a training of something else is there, or another process is at it. StorageError: it cannot be written.
@@ -48,27 +48,28 @@ def unfinished(folder: Path, made_of: dict[str, Any], *, overwrite: bool) -> Ite
     except Timeout:
         raise ConfigError(f"{folder} is being trained by another process. Wait for it to end, or give another folder.") from None
     try:
-        last = None if overwrite else last_checkpoint(place)
-        if last is not None:
-            _check_same(folder, read_json(place / _SETTINGS), made_of)
+        last = last_checkpoint(place)
+        if last is not None and (other := _differences(read_json(place / _SETTINGS), made_of)):
+            if not overwrite:
+                raise ConfigError(
+                    f"{folder} holds a training that did not end, with another {', '.join(other)}. Give the same to go on with it, "
+                    "another folder, or --overwrite to start anew."
+                )
+            last = None
         with explain_write_errors(folder):
             keep_only(place, last)
             for snapshot in place.glob("*.safetensors") if last is None else ():
                 snapshot.unlink()  # of another training
             write_json_atomic(place / _SETTINGS, made_of)
         yield place
+        # While the lock is held: nobody else begins in a folder that goes.
+        shutil.rmtree(place, ignore_errors=True)
     finally:
         lock.release()
-    shutil.rmtree(place, ignore_errors=True)
 
 
-def _check_same(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    other = [name for name, value in wanted.items() if found.get(name) != value]
-    if other:
-        raise ConfigError(
-            f"{folder} holds a training that did not end, with another {', '.join(other)}. Give the same to go on with it, "
-            "another folder, or --overwrite to start anew."
-        )
+def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    return [name for name, value in wanted.items() if found.get(name) != value]
 
 
 def last_checkpoint(place: Path) -> Path | None:

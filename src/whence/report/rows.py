@@ -13,6 +13,7 @@ from torch import Tensor
 from whence.evaluate.baselines import only_looking
 from whence.recipes.base import Recipe
 from whence.report.pictures import picture
+from whence.runtime.batches import to_device
 from whence.tasks import Classification, MultipleChoice, SequenceClassification
 
 Side = Literal["train", "queries"]
@@ -69,14 +70,14 @@ def _reader(recipe: Recipe) -> Callable[[list[Any]], list[int]] | None:
     task = recipe.task
     if recipe.classes is None or not isinstance(task, Classification | SequenceClassification | MultipleChoice):
         return None
-    device = next(recipe.model.parameters()).device
     collate = recipe.collate or torch.utils.data.default_collate
 
     def read(rows: list[Any]) -> list[int]:
         found: list[int] = []
+        device = next(recipe.model.parameters()).device  # now: an attributor may have moved the model
         with only_looking(recipe.model, device):
             for start in range(0, len(rows), _BATCH):
-                batch = collate(rows[start : start + _BATCH])
+                batch = to_device(collate(rows[start : start + _BATCH]), device)
                 found += task.output(recipe.model, batch).argmax(-1).tolist()
         return found
 

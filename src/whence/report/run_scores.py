@@ -101,6 +101,8 @@ def effect(scores: Scores) -> str:
 
 
 def _places(scores: Scores, shown: Shown) -> list[int]:
+    if scores.settings.get("aggregate") == "queries":
+        return [0]  # one sum, whichever queries it is of
     rows = scores.query_rows or list(range(len(scores.values)))
     chosen = rows if shown.chosen is None else [row for row in shown.chosen if row in rows]
     return [rows.index(row) for row in chosen][: shown.most]
