@@ -18,6 +18,10 @@ from whence.curvature.settings import DampingLike, ResponseLike, Spectrum
 from whence.curvature.strategies import StrategyName, get_strategy
 from whence.evaluate.lds import Calibration, calibrate
 from whence.evaluate.retrain import RetrainBank
+from whence.index.encoding import Dtype
+from whence.index.index import Index
+from whence.index.projection import Kind, RowSettings
+from whence.indexing import IndexBench, checked_ids
 from whence.plan.predict import make_plan
 from whence.plan.result import Plan
 from whence.pretrained import open_pretrained, open_trainer, training_time
@@ -26,13 +30,13 @@ from whence.scores.matrix import Scores
 from whence.scores.request import Aggregate, Ask, Normalize, Request, checked_solver
 from whence.scores.self_influence import On
 from whence.tasks import Task
-from whence.workbench import Size, Workbench
+from whence.workbench import Size
 
 CANDIDATES = tuple(Damping(relative=relative, scope=scope) for scope in SCOPES for relative in (0.001, 0.01, 0.03, 0.1, 0.3, 1.0, 10.0))
 """Dampings that a calibration tries, if it is not told which."""
 
 
-class Attributor(Workbench):
+class Attributor(IndexBench):
     """Traces a trained model's behaviour to its training examples.
 
     Nothing of the model is replaced; hooks, frozen parameters and eval mode last for one call and are undone, also
@@ -225,6 +229,36 @@ class Attributor(Workbench):
         spectrum = self._spectrum(chosen, damping, response)
         asked = {} if train_rows is None else {"train rows": list(rows.indices)}
         return self._self_influence(rows, Ask(strategy=chosen, spectrum=spectrum, asked=asked, name=name, overwrite=overwrite), on)
+
+    def index(
+        self,
+        train: Any,
+        *,
+        projection: Kind = "factors",
+        keep: float = 1 / 64,
+        dtype: Dtype = "int8",
+        strategy: StrategyName | None = None,
+        damping: DampingLike = "auto",
+        response: ResponseLike = "inverse",
+        ids: Sequence[int] | None = None,
+        batch_size: Size = "auto",
+        name: str | None = None,
+        overwrite: bool = False,
+    ) -> Index:
+        """Keep a small row of every training example, so that new queries need no pass over the training data.
+
+        Args:
+            train: rows that the model was trained on.
+            projection, keep, dtype: what is kept of a gradient, and in how many bytes; see `whence.index.projection.RowSettings`.
+            strategy, damping, response, batch_size, name, overwrite: as of `scores`, and so are the errors.
+            ids: whole numbers that rows are found by; by default their places.
+        """
+        made = RowSettings(projection=projection, keep=keep, dtype=dtype, seed=self.seed)
+        rows = self._rows(train, "training", None, batch_size)
+        chosen = self._chosen(strategy)
+        ask = Ask(strategy=chosen, spectrum=self._spectrum(chosen, damping, response), name=name, overwrite=overwrite)
+        folder = self.write_index(rows, checked_ids(ids, len(rows)), ask, made)
+        return Index(self, folder, train=train, places=None if ids is None else ids)
 
     def plan(self, train: Any, queries: Any = None, **options: Any) -> Plan:
         """Predict what `fit`, `scores` and `self_influence` will cost; options and errors are those of `whence.plan.predict.make_plan`."""

@@ -22,6 +22,7 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 from urllib.parse import quote
 
+import safetensors
 import safetensors.torch
 import torch
 from filelock import FileLock, Timeout
@@ -161,6 +162,23 @@ class ShardStore:
         if (found := hashlib.sha256(data).hexdigest()) != shard.sha256:
             raise StorageError(f"{path} is altered: expected checksum (SHA-256) {shard.sha256}, found {found}. {remedy}")
         return dict(sorted(safetensors.torch.load(data).items()))
+
+    def view(self, name: str) -> dict[str, Tensor]:
+        """Return a shard's tensors mapped into memory: read from disk when touched. The size is checked, the checksum is not.
+
+        Raises:
+            StorageError: there is no such shard, or its file is missing or of another size.
+        """
+        shard = self._find(name)
+        path = self.folder / _file_name(name, shard)
+        try:
+            found = path.stat().st_size
+            if found != shard.bytes:
+                raise StorageError(f"{path} is damaged: expected {shard.bytes} bytes, found {found}. Restore it, or make the folder anew.")
+            with safetensors.safe_open(path, framework="pt") as file:
+                return {key: file.get_tensor(key) for key in sorted(file.keys())}
+        except (OSError, safetensors.SafetensorError) as error:
+            raise StorageError(f"cannot read {path}: {error}. Restore it, or make the folder {self.folder} anew.") from error
 
     def remove(self, name: str) -> None:
         """Remove a shard.

@@ -1,0 +1,215 @@
+"""Rows that are one vector: all numbers, leading eigenvectors or random directions on both sides, or a sketch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from whence.capture.contract import working_set
+from whence.capture.pair import Basis, LayerGradient
+from whence.errors import ConfigError
+from whence.index.balance import Balance
+from whence.index.encoding import BYTES, encode
+from whence.index.projection import RowSettings, Tensors
+
+VALUES, SCALES = "values", "scales"
+_SCALE_BYTES = 4
+_CHUNK_NUMBERS = 2**25
+"""Numbers that are decoded at a time when rows meet queries: 128 MiB."""
+
+
+class Part(Protocol):
+    """One layer's part of a row."""
+
+    @property
+    def size(self) -> int:
+        """Numbers of a row."""
+        ...
+
+    def of_rows(self, gradient: LayerGradient) -> Tensor:
+        """Return the part of training rows, `[example, size]`."""
+        ...
+
+    def of_queries(self, values: Tensor) -> Tensor:
+        """Return the part of queries, given P `[query, group, out, in]`: `[query, size]`."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwoSided:
+    """`R_out^T Z R_in`, with directions in columns: `outputs` `[group, out, k]`, `inputs` `[group, in, k]`; None: all."""
+
+    rows: Basis
+    outputs: Tensor | None
+    inputs: Tensor | None
+    shape: tuple[int, int, int]
+
+    @classmethod
+    def make(cls, balance: Balance, shape: tuple[int, int, int], outputs: Tensor | None, inputs: Tensor | None) -> TwoSided:
+        """Take directions into the basis of the rows, so that what is not kept is never computed."""
+
+        def joined(q: Tensor | None, r: Tensor | None) -> Tensor | None:
+            return q if r is None else r if q is None else q @ r
+
+        rows = Basis(outputs=joined(balance.rows.outputs, outputs), inputs=joined(balance.rows.inputs, inputs))
+        sizes = [size if r is None else r.shape[-1] for size, r in zip(shape[1:], (outputs, inputs), strict=True)]
+        return cls(rows=rows, outputs=outputs, inputs=inputs, shape=(shape[0], *sizes))
+
+    @property
+    def size(self) -> int:
+        """Numbers of a row."""
+        return math.prod(self.shape)
+
+    def of_rows(self, gradient: LayerGradient) -> Tensor:
+        """Return the part of training rows."""
+        budget = working_set("cpu")
+        return torch.cat([part.flatten(1) for _, part in gradient.gradients(self.rows, budget)])
+
+    def of_queries(self, values: Tensor) -> Tensor:
+        """Return the part of queries."""
+        return Basis(outputs=self.outputs, inputs=self.inputs).rotate(values).flatten(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sketch:
+    """Each coordinate of Z is added to, or taken from, one number drawn for it (Charikar et al., 2002)."""
+
+    rows: Basis
+    places: Tensor
+    signs: Tensor
+    size: int
+
+    @classmethod
+    def make(cls, balance: Balance, shape: tuple[int, int, int], size: int, generator: torch.Generator) -> Sketch:
+        """Draw places and signs."""
+        numbers = math.prod(shape)
+        places = torch.randint(size, (numbers,), generator=generator)
+        signs = torch.randint(2, (numbers,), generator=generator).to(torch.int8) * 2 - 1
+        return cls(rows=balance.rows, places=places, signs=signs, size=size)
+
+    def of_rows(self, gradient: LayerGradient) -> Tensor:
+        """Return the part of training rows."""
+        return torch.cat([self.of_queries(part) for _, part in gradient.gradients(self.rows, working_set("cpu"))])
+
+    def of_queries(self, values: Tensor) -> Tensor:
+        """Return the part of queries."""
+        flat = values.flatten(1)
+        places, signs = self.places.to(flat.device), self.signs.to(flat)
+        return flat.new_zeros(len(flat), self.size).index_add_(1, places, flat * signs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseRows:
+    """A projection whose rows are `values` `[row, number]` with `scales` `[row, layer]`."""
+
+    parts: Mapping[str, Part]
+    settings: RowSettings
+
+    def batch(self, examples: int) -> DenseBatch:
+        """Begin a batch."""
+        return DenseBatch(projection=self, examples=examples, found={})
+
+    def join(self, parts: Sequence[Tensors], examples: Sequence[int]) -> dict[str, Tensor]:
+        """Return parts as one."""
+        return {key: torch.cat([part[key] for part in parts]) for key in (VALUES, SCALES)}
+
+    def hold(self, queries: Mapping[str, Tensor]) -> Tensor:
+        """Return the queries' numbers, `[query, number]`."""
+        count = len(next(iter(queries.values())))
+        columns = [
+            part.of_queries(queries[name]).float() if name in queries else torch.zeros(count, part.size)
+            for name, part in self.parts.items()
+        ]
+        return torch.cat([column.cpu() for column in columns], dim=1)
+
+    def scores(self, rows: Tensors, held: Tensor, examples: int) -> Tensor:
+        """Return products of rows with queries."""
+        sizes = [part.size for part in self.parts.values()]
+        values, scales = rows[VALUES], rows[SCALES]
+        repeats = torch.tensor(sizes)
+        result = torch.empty(examples, len(held))
+        chunk = max(1, _CHUNK_NUMBERS // max(1, values.shape[1]))
+        for start in range(0, examples, chunk):
+            some = slice(start, start + chunk)
+            decoded = values[some].float()
+            if self.settings.dtype == "int8":
+                decoded *= scales[some].repeat_interleave(repeats, dim=1)
+            torch.mm(decoded, held.mT, out=result[some])
+        return result
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseBatch:
+    """A batch of such rows."""
+
+    projection: DenseRows
+    examples: int
+    found: dict[str, Tensor]
+
+    def add(self, layer: str, gradient: LayerGradient) -> None:
+        """Take in a layer's gradients."""
+        self.found[layer] = self.projection.parts[layer].of_rows(gradient).float().cpu()
+
+    def close(self) -> dict[str, Tensor]:
+        """Return the batch's rows."""
+        dtype = self.projection.settings.dtype
+        encoded = [
+            encode(self.found.get(name, torch.zeros(self.examples, part.size)), dtype) for name, part in self.projection.parts.items()
+        ]
+        return {VALUES: torch.cat([values for values, _ in encoded], dim=1), SCALES: torch.stack([scale for _, scale in encoded], dim=1)}
+
+
+def dense_rows(
+    balances: Mapping[str, Balance],
+    energies: Mapping[str, Tensor | None],
+    shapes: Mapping[str, tuple[int, int, int]],
+    settings: RowSettings,
+) -> DenseRows:
+    """Share a row's bytes among the layers by their sizes, and make each layer's part."""
+    total = sum(map(math.prod, shapes.values()))
+    scales = _SCALE_BYTES * len(shapes)
+    share = max(0.0, 4 * total * settings.keep - scales) / BYTES[settings.dtype] / total
+    parts: dict[str, Part] = {}
+    for number, (name, shape) in enumerate(shapes.items()):
+        generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + number)
+        parts[name] = _part(balances[name], energies[name], shape, min(1.0, share), settings, generator, name)
+    return DenseRows(parts=parts, settings=settings)
+
+
+def _part(
+    balance: Balance,
+    energy: Tensor | None,
+    shape: tuple[int, int, int],
+    share: float,
+    settings: RowSettings,
+    generator: torch.Generator,
+    name: str,
+) -> Part:
+    if settings.projection == "none" or share >= 1:
+        return TwoSided.make(balance, shape, None, None)
+    groups, outputs, inputs = shape
+    # Groups of a normalisation are too small to project one by one.
+    if settings.projection == "sjlt" or groups > 1:
+        return Sketch.make(balance, shape, max(1, int(math.prod(shape) * share)), generator)
+    k_in = min(inputs, max(1, round(inputs * math.sqrt(share))))
+    k_out = min(outputs, max(1, int(outputs * inputs * share / k_in)))
+    if settings.projection == "kronecker":
+        r_out = torch.randn(groups, outputs, k_out, generator=generator) / math.sqrt(k_out)
+        r_in = torch.randn(groups, inputs, k_in, generator=generator) / math.sqrt(k_in)
+        return TwoSided.make(balance, shape, r_out.to(balance.like), r_in.to(balance.like))
+    if energy is None:
+        raise ConfigError(
+            f"projection='pca' takes eigenvectors, and layer {name!r} has none with this strategy. Use 'ekfac' or 'kfac', or 'factors'."
+        )
+    return TwoSided.make(balance, shape, _leading(energy.sum(2), k_out), _leading(energy.sum(1), k_in))
+
+
+def _leading(energy: Tensor, k: int) -> Tensor:
+    """Return unit vectors `[group, n, k]` of the coordinates with most energy `[group, n]`, in their order."""
+    places = torch.sort(energy, dim=1, descending=True, stable=True).indices[:, :k].sort(dim=1).values
+    return torch.nn.functional.one_hot(places, energy.shape[1]).mT.to(energy)

@@ -1,0 +1,174 @@
+"""Rows that are a few products of two vectors: the leading singular triplets of a gradient, wherever in the model they are.
+
+A gradient of a few tokens is a sum of a few outer products, and most of what scores see of it is in fewer still. Each row gets the
+same bytes; which layers they go to is chosen for the row, by singular value squared over cost, in the coordinates in which rows and
+queries share the curvature's weights (`balance.py`). LoRIF (2601.21929) keeps a fixed rank of projected gradients; here nothing
+is projected before.
+
+A shard holds, for layer number l, `l/left` `[triplet, out]`, `l/right` `[triplet, in]`, `l/scale` `[triplet]` and `l/row`
+`[triplet]`, the place of the example that a triplet is of. Layers with groups count as one matrix `[group, out * in]`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from whence.capture.contract import working_set
+from whence.capture.pair import LayerGradient, Pair
+from whence.index.balance import Balance
+from whence.index.encoding import BYTES, encode
+from whence.index.projection import RowSettings, Tensors
+
+_OVERHEAD = 8
+"""Bytes of a triplet beside its vectors: its scale and its row."""
+_LARGEST_POSITIONS = 96
+"""Positions up to which singular triplets come from two QR decompositions; beyond, from a subspace iteration."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Triplets:
+    """`left` `[example, rank, out]`, `right` `[example, rank, in]` of length one, `values` `[example, rank]`, falling."""
+
+    left: Tensor
+    right: Tensor
+    values: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class FactorRows:
+    """A projection whose rows are singular triplets."""
+
+    balances: Mapping[str, Balance]
+    shapes: Mapping[str, tuple[int, int, int]]
+    settings: RowSettings
+
+    @property
+    def budget(self) -> int:
+        """Bytes of a row."""
+        return int(4 * sum(map(math.prod, self.shapes.values())) * self.settings.keep)
+
+    def cost(self, layer: str) -> int:
+        """Bytes of one triplet of a layer."""
+        return BYTES[self.settings.dtype] * sum(_matrix(self.shapes[layer])) + _OVERHEAD
+
+    def most(self, layer: str) -> int:
+        """Triplets that a row may have of one layer: all its bytes, if it comes to that."""
+        # Four times an even share; what more a layer could use is worth little, and every candidate costs time.
+        even = self.budget / sum(map(self.cost, self.shapes))
+        return min(*_matrix(self.shapes[layer]), 1 + math.ceil(4 * even), max(1, self.budget // self.cost(layer)))
+
+    def batch(self, examples: int) -> FactorBatch:
+        """Begin a batch."""
+        return FactorBatch(projection=self, examples=examples, found={})
+
+    def join(self, parts: Sequence[Tensors], examples: Sequence[int]) -> dict[str, Tensor]:
+        """Return parts as one; the places of rows go on counting."""
+        firsts = torch.tensor([0, *examples]).cumsum(0)
+        joined = {}
+        for key in parts[0]:
+            moved = [
+                part[key] + (firsts[n].int() if key.endswith("/row") else 0) if key.endswith("/row") else part[key]
+                for n, part in enumerate(parts)
+            ]
+            joined[key] = torch.cat(moved)
+        return joined
+
+    def hold(self, queries: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the queries as matrices `[query, out, in]`."""
+        return {name: values.float().cpu().reshape(len(values), *_matrix(self.shapes[name])) for name, values in queries.items()}
+
+    def scores(self, rows: Tensors, held: Mapping[str, Tensor], examples: int) -> Tensor:
+        """Return products of rows with queries."""
+        count = len(next(iter(held.values())))
+        result = torch.zeros(examples, count)
+        for number, name in enumerate(self.shapes):
+            if name not in held or not len(rows[f"{number}/row"]):
+                continue
+            left, right = rows[f"{number}/left"].float(), rows[f"{number}/right"].float()
+            places, scale = rows[f"{number}/row"].long(), rows[f"{number}/scale"]
+            for query, matrix in enumerate(held[name]):
+                products = ((right @ matrix.T) * left).sum(1) * scale
+                result[:, query].index_add_(0, places, products)
+        return result
+
+
+@dataclass(frozen=True, kw_only=True)
+class FactorBatch:
+    """A batch of such rows."""
+
+    projection: FactorRows
+    examples: int
+    found: dict[str, Triplets]
+
+    def add(self, layer: str, gradient: LayerGradient) -> None:
+        """Take in a layer's gradients."""
+        basis, most = self.projection.balances[layer].rows, self.projection.most(layer)
+        budget = working_set("cpu")
+        pair = gradient.live() if isinstance(gradient, Pair) else gradient
+        if isinstance(pair, Pair) and pair.sizes.groups == 1 and pair.sizes.positions < min(pair.sizes.inputs, pair.sizes.outputs):
+            rotated = pair.rotated(basis)
+            self.found[layer] = _of_pair(rotated.g[:, 0], rotated.inputs()[:, 0], most)
+            return
+        shape = _matrix(self.projection.shapes[layer])
+        formed = [_of_matrix(part.reshape(len(part), *shape), most) for _, part in pair.gradients(basis, budget)]
+        left, right, values = (torch.cat(parts) for parts in zip(*((t.left, t.right, t.values) for t in formed), strict=True))
+        self.found[layer] = Triplets(left=left, right=right, values=values)
+
+    def close(self) -> dict[str, Tensor]:
+        """Choose each row's triplets and return them."""
+        chosen, dtype = self._chosen(), self.projection.settings.dtype
+        tensors: dict[str, Tensor] = {}
+        for number, (name, shape) in enumerate(self.projection.shapes.items()):
+            outputs, inputs = _matrix(shape)
+            nothing = Triplets(left=torch.zeros(0, 0, outputs), right=torch.zeros(0, 0, inputs), values=torch.zeros(0, 0))
+            triplets = self.found.get(name, nothing)
+            kept = chosen.get(name, torch.zeros(0, 0, dtype=torch.bool))
+            left, s_left = encode(triplets.left[kept], dtype)
+            right, s_right = encode(triplets.right[kept], dtype)
+            scale = (s_left * s_right * triplets.values[kept]).float()
+            own = {"left": left, "right": right, "scale": scale, "row": kept.nonzero()[:, 0].int()}
+            tensors |= {f"{number}/{key}": values.cpu() for key, values in own.items()}
+        return tensors
+
+    def _chosen(self) -> dict[str, Tensor]:
+        """Return which triplets `[example, rank]` of each layer fit into the rows."""
+        if not self.found:
+            return {}
+        costs = torch.cat([torch.full(t.values.shape[1:], float(self.projection.cost(name))) for name, t in self.found.items()])
+        worth = torch.cat([t.values.double().square().cpu() / self.projection.cost(name) for name, t in self.found.items()], dim=1)
+        order = torch.sort(worth, dim=1, descending=True, stable=True).indices
+        fits = costs[order].cumsum(1) <= self.projection.budget
+        kept = torch.zeros_like(worth, dtype=torch.bool).scatter_(1, order, fits) & (worth > 0)
+        ranks = [t.values.shape[1] for t in self.found.values()]
+        return dict(zip(self.found, kept.split(ranks, dim=1), strict=True))
+
+
+def _matrix(shape: tuple[int, int, int]) -> tuple[int, int]:
+    """Return the shape of the one matrix that a layer's gradient counts as."""
+    groups, outputs, inputs = shape
+    return (outputs, inputs) if groups == 1 else (groups, outputs * inputs)
+
+
+def _of_pair(g: Tensor, a: Tensor, most: int) -> Triplets:
+    """Return the leading triplets of `g^T a`, of `[example, position, out]` and `[example, position, in]`."""
+    q_out, r_out = torch.linalg.qr(g.mT)
+    q_in, r_in = torch.linalg.qr(a.mT)
+    u, values, vh = torch.linalg.svd(_finite(r_out @ r_in.mT))
+    most = min(most, values.shape[1])
+    return Triplets(left=(q_out @ u[..., :most]).mT, right=vh[:, :most] @ q_in.mT, values=values[:, :most])
+
+
+def _of_matrix(matrix: Tensor, most: int) -> Triplets:
+    """Return the leading triplets of matrices `[example, out, in]`."""
+    u, values, vh = torch.linalg.svd(_finite(matrix), full_matrices=False)
+    return Triplets(left=u[..., :most].mT, right=vh[:, :most], values=values[:, :most])
+
+
+def _finite(matrix: Tensor) -> Tensor:
+    """Return matrices without what no decomposition takes; the rows' norms tell of NaN and infinity."""
+    return matrix.nan_to_num(0.0, 0.0, 0.0)

@@ -1,0 +1,33 @@
+"""The projection that settings name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from whence.index.balance import Balance
+from whence.index.dense import dense_rows
+from whence.index.factors import FactorRows
+from whence.index.projection import Projection, RowSettings
+
+
+def make_projection(
+    settings: RowSettings,
+    balances: Mapping[str, Balance],
+    energies: Mapping[str, Tensor | None],
+    shapes: Mapping[str, tuple[int, int, int]],
+) -> Projection:
+    """Return the projection for layers.
+
+    Args:
+        settings: which, and how large.
+        balances: each layer's share of the weights. energies: eigenvalue times weight, `[group, out, in]`, or None.
+        shapes: `[group, out, in]`, in the order of the layers.
+
+    Raises:
+        ConfigError: a layer has no eigenvectors to project on.
+    """
+    if settings.projection == "factors":
+        return FactorRows(balances=balances, shapes=shapes, settings=settings)
+    return dense_rows(balances, energies, shapes, settings)
