@@ -32,6 +32,7 @@ ORDER = [
     "__init__",
     "checkpoints",
     "attributor",
+    "indexing",
     "plan",
     "workbench",
     "recipes",

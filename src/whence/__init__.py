@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from whence.curvature.moments import second_moments
     from whence.curvature.refine import ConjugateGradients, Exact
     from whence.curvature.response import Unrolled
+    from whence.index.index import Index
     from whence.plan.result import Plan
     from whence.recipes.base import Recipe, load_recipe
     from whence.scores.matrix import Scores
@@ -37,6 +38,7 @@ __all__ = [
     "Coverage",
     "Damping",
     "Exact",
+    "Index",
     "Plan",
     "Recipe",
     "Scores",
@@ -58,6 +60,7 @@ _LAZY: dict[str, str | None] = {
     "Coverage": "whence.capture.coverage",
     "Damping": "whence.curvature.basis",
     "Exact": "whence.curvature.refine",
+    "Index": "whence.index.index",
     "Plan": "whence.plan.result",
     "Recipe": "whence.recipes.base",
     "Scores": "whence.scores.matrix",

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from whence.cli import output
+from whence.cli.listing import query_entry, query_lines, row_entry, row_lines, text_of
 from whence.cli.opening import Flat, RecipeName, open_recipe, open_snapshots, run_folder
 from whence.cli.options import DataOptions, FitOptions, InverseOptions, KeepOptions, ListOptions, ScoreOptions, Strategy
 from whence.cli.values import Count, Numbers, Switch, parse_damping, parse_response
@@ -131,8 +132,8 @@ def self_influence(
     to_parquet(path, values)
     order = values.argsort(descending=True, stable=True).tolist()
     ends = {"largest": order[: listing.k]} | ({"smallest": order[::-1][: listing.k]} if listing.bottom else {})
-    lists = {side: [_row(found, t, float(values[t])) for t in rows] for side, rows in ends.items()}
-    lines = [line for side, rows in lists.items() for line in (f"{side} self-influence", *_lines(rows))]
+    lists = {side: [row_entry(found, t, float(values[t])) for t in rows] for side, rows in ends.items()}
+    lines = [line for side, rows in lists.items() for line in (f"{side} self-influence", *row_lines(rows))]
     output.data(lines, {"recipe": found.name, "strategy": strategy, "table": str(path), **lists}, as_json=run.json)
     output.message(f"all rows: {path}")
     output.closing(attributor)
@@ -175,7 +176,7 @@ def top(
     scores = scores_to_list(folder, found)
     chosen = _chosen(scores, query)
     listed = [_for_query(found, scores, q, listing) for q in chosen]
-    lines = [line for entry in listed for line in _query_lines(entry)]
+    lines = [line for entry in listed for line in query_lines(entry)]
     output.data(lines, {"recipe": found.name, "strategy": strategy or usual, "queries": listed}, as_json=json)
     if query is None and len(chosen) < len(scores.values):
         output.message(f"queries 0 to {len(chosen) - 1} of {len(scores.values)}; choose others with --query 0,3,7")
@@ -206,39 +207,6 @@ def _chosen(scores: Scores, query: list[int] | None) -> list[int]:
 
 def _for_query(found: Recipe, scores: Scores, query: int, listing: ListOptions) -> dict[str, Any]:
     sides = {"proponents": scores.top(query, listing.k)} | ({"opponents": scores.bottom(query, listing.k)} if listing.bottom else {})
-    lists = {side: [_row(found, t, value) for t, value in rows] for side, rows in sides.items()}
-    summed = scores.settings.get("aggregate") == "queries"
     row = query if scores.query_rows is None else scores.query_rows[query]
-    return {"query": row, "text": "the sum of all queries" if summed else _text(found, found.queries[row]), **lists}
-
-
-def _query_lines(entry: dict[str, Any]) -> list[str]:
-    lines = _with_text(f"query {entry['query']}", entry["text"], indent=2, separator=": ")
-    for side in ("proponents", "opponents"):
-        if side in entry:
-            lines += [f"  {side}", *_lines(entry[side], indent=4)]
-    return lines
-
-
-def _row(found: Recipe, train: int, value: float) -> dict[str, Any]:
-    return {"train": train, "score": value, "text": _text(found, found.train[train])}
-
-
-def _text(found: Recipe, row: Any) -> str | None:
-    return found.describe(row) if found.describe else None
-
-
-def _lines(rows: list[dict[str, Any]], *, indent: int = 2) -> list[str]:
-    return [
-        line
-        for rank, row in enumerate(rows, start=1)
-        for line in _with_text(f"{'':{indent}}{rank:>3}  train {row['train']:>7}  {row['score']:>+11.4e}", row["text"], indent=indent + 5)
-    ]
-
-
-def _with_text(head: str, text: str | None, *, indent: int, separator: str = "  ") -> list[str]:
-    """Put a line of text behind a heading; several go below it."""
-    parts = (text or "").splitlines()
-    if len(parts) <= 1:
-        return [f"{head}{separator}{parts[0]}" if parts else head]
-    return [head, *(f"{'':{indent}}{part}".rstrip() for part in parts)]
+    summed = scores.settings.get("aggregate") == "queries"
+    return query_entry(found, row, "the sum of all queries" if summed else text_of(found, found.queries[row]), sides)

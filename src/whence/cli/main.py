@@ -15,7 +15,7 @@ from typing import Annotated, Any
 from cyclopts import App, CycloptsError, Parameter
 
 import whence
-from whence.cli import attribute, evaluate, output
+from whence.cli import attribute, evaluate, index, output
 from whence.cli.clean import clean
 from whence.cli.config import read_config
 from whence.cli.demo import demo
@@ -32,6 +32,8 @@ EXAMPLES = {
     "score": "whence score digits --damping relative:0.1",
     "self": "whence self digits --k 20",
     "top": "whence top digits --query 0,3 --k 5 --bottom",
+    "index": "whence index digits --keep 1/64",
+    "query": "whence query digits --query 0,3 --k 5",
     "evaluate lds": "whence evaluate lds digits --scores ekfac --masks 4 --repeats 1",
     "evaluate counterfactual": "whence evaluate counterfactual digits --scores ekfac --remove 20 --mode sum",
     "evaluate agreement": "whence evaluate agreement runs/digits/scores/ekfac runs/digits/scores/identity",
@@ -58,6 +60,8 @@ VERBS: dict[str, Callable[..., None]] = {
     "score": attribute.score,
     "self": attribute.self_influence,
     "top": attribute.top,
+    "index": index.index,
+    "query": index.query,
     **{f"evaluate {name}": verb for name, verb in evaluate.VERBS.items()},
     "clean": clean,
     "report": report,

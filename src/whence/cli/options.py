@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from whence.cli.values import Count, Names, Numbers, Size, Switch, Whole
+from whence.cli.values import Count, Fraction, Names, Numbers, Size, Switch, Whole
 
 # The parser resolves inherited annotations here: Measurement, PresetName.
 from whence.recipes.settings import DataSettings, Measurement, PresetName, TrainingSettings  # noqa: F401
@@ -166,6 +166,21 @@ class InverseOptions(ResponseOptions):
 
     damping: str = "auto"
     """A number (absolute), auto, calibrated, relative:0.1 (of each layer's mean eigenvalue) or relative:0.1:model (of all layers' mean)."""
+
+
+@dataclass(kw_only=True)
+class IndexOptions:
+    """What an index keeps of every training row."""
+
+    projection: Literal["factors", "pca", "kronecker", "sjlt", "none"] = "factors"
+    """factors: leading singular triplets of each layer's gradient; pca: leading eigenvectors; kronecker: random directions;
+    sjlt: a count sketch; none: everything."""
+
+    keep: Fraction = 1 / 64
+    """Bytes of a row as a share of the float32 gradient's, for example 1/64."""
+
+    dtype: Literal["float32", "bfloat16", "int8"] = "int8"
+    """Type of the numbers that are kept."""
 
 
 @dataclass(kw_only=True)

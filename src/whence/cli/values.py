@@ -38,6 +38,19 @@ def _size(type_: Any, tokens: Sequence[Token]) -> int | str:
     return "auto" if tokens[0].value.strip() == "auto" else _whole(1)(type_, tokens)
 
 
+def _fraction(type_: Any, tokens: Sequence[Token]) -> float:
+    """Convert a share above 0 and up to 1: `0.02` or `1/64`."""
+    text = tokens[0].value.strip()
+    over, slash, under = text.partition("/")
+    try:
+        number = float(over) / float(under) if slash else float(over)
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f"{text!r} is no share; give a number above 0 and up to 1, such as 0.02 or 1/64.") from None
+    if not 0 < number <= 1:
+        raise ValueError(f"{text} is no share; give a number above 0 and up to 1, such as 0.02 or 1/64.")
+    return number
+
+
 def _split(type_: Any, tokens: Sequence[Token]) -> list[str]:
     """Split `a,b` into its parts; a YAML list and a repeated option come as several tokens."""
     parts = [part.strip() for token in tokens for part in token.value.split(",")]
@@ -60,6 +73,7 @@ Whole = Annotated[int, Parameter(converter=_whole(0), n_tokens=1)]
 Switch = Annotated[bool, Parameter(negative=())]
 Names = Annotated[list[str], Parameter(converter=_split, n_tokens=1, negative=())]
 Numbers = Annotated[list[int], Parameter(converter=_split_whole, n_tokens=1, negative=())]
+Fraction = Annotated[float, Parameter(converter=_fraction, n_tokens=1)]
 Share = Annotated[float, Parameter(validator=validators.Number(gte=0, lte=1))]
 
 

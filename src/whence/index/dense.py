@@ -57,8 +57,8 @@ class TwoSided:
             return q if r is None else r if q is None else q @ r
 
         rows = Basis(outputs=joined(balance.rows.outputs, outputs), inputs=joined(balance.rows.inputs, inputs))
-        sizes = [size if r is None else r.shape[-1] for size, r in zip(shape[1:], (outputs, inputs), strict=True)]
-        return cls(rows=rows, outputs=outputs, inputs=inputs, shape=(shape[0], *sizes))
+        k_out, k_in = (size if r is None else r.shape[-1] for size, r in zip(shape[1:], (outputs, inputs), strict=True))
+        return cls(rows=rows, outputs=outputs, inputs=inputs, shape=(shape[0], k_out, k_in))
 
     @property
     def size(self) -> int:

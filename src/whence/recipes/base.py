@@ -46,6 +46,7 @@ class Recipe:
         describe: text about a row, for people; it may have several lines.
         tokens: text of each token of a row, in their order; for the page of whence report.
         picture: image of a row, as `whence.report.pictures.picture` takes it; 0 is paper and 1 is ink.
+        ask: makes a row to ask about of a text.
         layers: which layers to track, as for `whence.Attributor`.
         layer_sets: lists of layers that can be asked for by a name.
         raw: training rows as they were read, to be filtered and written again; None: there are none.
@@ -71,6 +72,7 @@ class Recipe:
     describe: Callable[[Any], str] | None = None
     tokens: Callable[[Any], Sequence[str]] | None = None
     picture: Callable[[Any], Tensor] | None = None
+    ask: Callable[[str], Any] | None = None
     layers: str | Sequence[str] | None = None
     layer_sets: Mapping[str, Sequence[str]] = field(default_factory=dict)
     raw: Sequence[dict[str, Any]] | None = None
@@ -100,7 +102,7 @@ class Recipe:
                 raise RecipeError(
                     f"Recipe {self.name}: {name} is {_what(rows)}; give rows with __len__ and __getitem__: a list or a map-style data set."
                 )
-        for name in ("collate", "describe", "tokens", "picture"):
+        for name in ("collate", "describe", "tokens", "picture", "ask"):
             if getattr(self, name) is not None and not callable(getattr(self, name)):
                 raise RecipeError(f"Recipe {self.name}: {name} is {_what(getattr(self, name))}; give a function or None.")
 

@@ -20,6 +20,7 @@ import torch
 from whence.errors import ConfigError, DataError
 from whence.pretrained import open_pretrained
 from whence.pretrained.kinds import need, quiet
+from whence.recipes.asked import asker
 from whence.recipes.base import Recipe
 from whence.recipes.family import Family
 from whence.recipes.pieces import pieces
@@ -153,6 +154,7 @@ def open_finetuned(family: Family, checkpoint_dir: str | Path | None, data: Data
         collate=collate,
         describe=_text,
         tokens=partial(pieces, tokenizer),
+        ask=asker(family, model, tokenizer, collate, data),
         layer_sets=family.layer_sets,
         raw=train.raw,
         flipped=train.flipped,

@@ -1,0 +1,51 @@
+"""How rows that speak for a query are listed, for people and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from whence.recipes.base import Recipe
+
+
+def text_of(found: Recipe, row: Any) -> str | None:
+    """Return what people read of a row."""
+    return found.describe(row) if found.describe else None
+
+
+def row_entry(found: Recipe, train: int, value: float) -> dict[str, Any]:
+    """Return a training row in a list."""
+    return {"train": train, "score": value, "text": text_of(found, found.train[train])}
+
+
+def query_entry(found: Recipe, query: int | None, text: str | None, sides: dict[str, list[tuple[int, float]]]) -> dict[str, Any]:
+    """Return a query with its (row, score) on each side."""
+    lists = {side: [row_entry(found, train, value) for train, value in rows] for side, rows in sides.items()}
+    return {"query": query, "text": text, **lists}
+
+
+def query_lines(entry: dict[str, Any]) -> list[str]:
+    """Return a query's entry as lines."""
+    lines = _with_text("query" if entry["query"] is None else f"query {entry['query']}", entry["text"], indent=2, separator=": ")
+    for side in ("proponents", "opponents"):
+        if side in entry:
+            lines += [f"  {side}", *row_lines(entry[side], indent=4)]
+    return lines
+
+
+def row_lines(rows: Sequence[dict[str, Any]], *, indent: int = 2) -> list[str]:
+    """Return training rows as lines."""
+    return [
+        line
+        for rank, row in enumerate(rows, start=1)
+        for line in _with_text(f"{'':{indent}}{rank:>3}  train {row['train']:>7}  {row['score']:>+11.4e}", row["text"], indent=indent + 5)
+    ]
+
+
+def _with_text(head: str, text: str | None, *, indent: int, separator: str = "  ") -> list[str]:
+    """Put a line of text behind a heading; several go below it."""
+    parts = (text or "").splitlines()
+    if len(parts) <= 1:
+        return [f"{head}{separator}{parts[0]}" if parts else head]
+    return [head, *(f"{'':{indent}}{part}".rstrip() for part in parts)]
