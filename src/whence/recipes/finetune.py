@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -163,13 +164,20 @@ def open_finetuned(family: Family, checkpoint_dir: str | Path | None, data: Data
     if isinstance(task, SequenceClassification) and config.num_labels > 1:
         recipe.classes, recipe.query_classes = (torch.tensor([row["labels"] for row in rows]) for rows in (recipe.train, recipe.queries))
     if record is not None and training is not None:
-        recipe.training_time, recipe.second_moments = float(record["training_time"]), folder / MOMENTS
-        recipe.over_run = family.over_run and bool(record["snapshots"])
-        recipe.snapshots = [(folder / SNAPSHOTS / entry["file"], float(entry["time"])) for entry in record["snapshots"]]
-        recipe.retraining = Retraining(
-            family=family, folder=str(folder.resolve()), data=data, training=training, train=train.encoded, queries=queries.encoded
-        )
+        _remember(recipe, family, folder, data, training, record)
     return recipe
+
+
+def _remember(
+    recipe: Recipe, family: Family, folder: Path, data: DataSettings, training: TrainingSettings, record: Mapping[str, Any]
+) -> None:
+    """Give a recipe what a checkpoint folder keeps of its training."""
+    recipe.training_time, recipe.second_moments = float(record["training_time"]), folder / MOMENTS
+    recipe.over_run = family.over_run and bool(record["snapshots"])
+    recipe.snapshots = [(folder / SNAPSHOTS / entry["file"], float(entry["time"])) for entry in record["snapshots"]]
+    recipe.retraining = Retraining(
+        family=family, folder=str(folder.resolve()), data=data, training=training, train=recipe.train, queries=recipe.queries
+    )
 
 
 def _run_name(family: Family, folder: Path) -> str:

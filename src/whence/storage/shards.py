@@ -14,12 +14,11 @@ The next writer removes files the manifest does not know. Nothing in a store dep
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 from urllib.parse import quote
 
 import safetensors
@@ -28,32 +27,14 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from whence.errors import MismatchError, StorageError
+from whence.errors import StorageError
+from whence.storage.manifest import MANIFEST, Manifest, Shard, compare_manifest, file_name, read_manifest
 from whence.storage.run import explain_write_errors, write_bytes_atomic, write_json_atomic
-from whence.storage.settings import differences, plain_json, shorten
+from whence.storage.settings import plain_json, shorten
 
-_FORMAT = 1
-_MANIFEST = "manifest.json"
 # Temporary files of `write_bytes_atomic`, and shards whose manifest entry was never made or already dropped.
 _OURS = re.compile(r"\..+\.[0-9a-f]{8}\.tmp|.+\.[0-9a-f]{16}\.safetensors", re.DOTALL)
 _LONGEST_NAME = 180
-
-
-class _Shard(NamedTuple):
-    bytes: int
-    sha256: str
-
-
-class _Manifest(NamedTuple):
-    kind: str
-    settings: dict[str, Any]
-    shards: dict[str, _Shard]
-    complete: bool
-    result: dict[str, Any]
-
-    def to_json(self) -> dict[str, Any]:
-        shards = [{"name": name, "file": _file_name(name, shard), **shard._asdict()} for name, shard in self.shards.items()]
-        return {"format": _FORMAT, **self._asdict(), "shards": shards}
 
 
 class ShardStore:
@@ -74,7 +55,7 @@ class ShardStore:
         present = plain_json(settings, "settings")
         self._lock: FileLock | None = self._acquire()
         try:
-            self._manifest = _Manifest(kind, present, {}, False, {})
+            self._manifest = Manifest(kind, present, {}, False, {})
             if not self._reopened(overwrite):
                 self._save(self._manifest)
             self._clean()
@@ -97,8 +78,8 @@ class ShardStore:
         """
         store = cls.__new__(cls)
         store.folder, store._lock = Path(folder), None
-        store._manifest = _read_manifest(store.folder)
-        _compare(store.folder, store._manifest, kind, None if settings is None else plain_json(settings, "settings"))
+        store._manifest = read_manifest(store.folder)
+        compare_manifest(store.folder, store._manifest, kind, None if settings is None else plain_json(settings, "settings"))
         return store
 
     @property
@@ -135,8 +116,8 @@ class ShardStore:
                 f"shard name {name!r} cannot be a file name: give 1 to {_LONGEST_NAME} characters, after percent-encoding of special ones."
             )
         data = safetensors.torch.save(_dense(tensors))
-        old, new = self._manifest.shards.get(name), _Shard(len(data), hashlib.sha256(data).hexdigest())
-        write_bytes_atomic(self.folder / _file_name(name, new), data)
+        old, new = self._manifest.shards.get(name), Shard(len(data), hashlib.sha256(data).hexdigest())
+        write_bytes_atomic(self.folder / file_name(name, new), data)
         self._save(self._manifest._replace(shards=self._manifest.shards | {name: new}, complete=False, result={}))
         if old is not None and old != new:
             self._unlink(name, old)
@@ -148,7 +129,7 @@ class ShardStore:
             StorageError: there is no such shard, or its file is missing, truncated or altered.
         """
         shard = self._find(name)
-        path = self.folder / _file_name(name, shard)
+        path = self.folder / file_name(name, shard)
         remedy = f"Delete the folder {self.folder} and run again to make it anew, or restore the file from a copy."
         try:
             data = path.read_bytes()
@@ -170,7 +151,7 @@ class ShardStore:
             StorageError: there is no such shard, or its file is missing or of another size.
         """
         shard = self._find(name)
-        path = self.folder / _file_name(name, shard)
+        path = self.folder / file_name(name, shard)
         try:
             found = path.stat().st_size
             if found != shard.bytes:
@@ -216,11 +197,11 @@ class ShardStore:
 
     def _reopened(self, overwrite: bool) -> bool:
         """Take up what the folder holds if it belongs to the present settings."""
-        if not (self.folder / _MANIFEST).exists():
+        if not (self.folder / MANIFEST).exists():
             return False
         try:
-            stored = _read_manifest(self.folder)
-            _compare(self.folder, stored, self._manifest.kind, self._manifest.settings)
+            stored = read_manifest(self.folder)
+            compare_manifest(self.folder, stored, self._manifest.kind, self._manifest.settings)
         except StorageError:
             if overwrite:
                 return False
@@ -243,23 +224,23 @@ class ShardStore:
                 ) from None
         return lock
 
-    def _save(self, manifest: _Manifest) -> None:
-        write_json_atomic(self.folder / _MANIFEST, manifest.to_json())
+    def _save(self, manifest: Manifest) -> None:
+        write_json_atomic(self.folder / MANIFEST, manifest.to_json())
         self._manifest = manifest  # only now: memory never runs ahead of the disk
 
     def _clean(self) -> None:
-        known = {_file_name(name, shard) for name, shard in self._manifest.shards.items()}
+        known = {file_name(name, shard) for name, shard in self._manifest.shards.items()}
         with explain_write_errors(self.folder):
             for path in self.folder.iterdir():
                 if path.name not in known and _OURS.fullmatch(path.name):
                     path.unlink()
 
-    def _unlink(self, name: str, shard: _Shard) -> None:
-        path = self.folder / _file_name(name, shard)
+    def _unlink(self, name: str, shard: Shard) -> None:
+        path = self.folder / file_name(name, shard)
         with explain_write_errors(path):
             path.unlink(missing_ok=True)
 
-    def _find(self, name: str) -> _Shard:
+    def _find(self, name: str) -> Shard:
         if name not in self._manifest.shards:
             have = ", ".join(map(repr, self.names)) or "none"
             raise StorageError(f"{self.folder} has no finished shard {name!r}; it has {shorten(have)}. Run the step that writes it again.")
@@ -268,10 +249,6 @@ class ShardStore:
     def _require_writer(self) -> None:
         if self._lock is None:
             raise StorageError(f"{self.folder} is not open for writing. Make it with ShardStore(folder, kind=..., settings=...).")
-
-
-def _file_name(name: str, shard: _Shard) -> str:
-    return f"{quote(name, safe='')}.{shard.sha256[:16]}.safetensors"
 
 
 def _dense(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -285,33 +262,3 @@ def _dense(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         storages.add(plain.untyped_storage().data_ptr())
         dense[name] = plain
     return dense
-
-
-def _read_manifest(folder: Path) -> _Manifest:
-    path = folder / _MANIFEST
-    try:
-        raw = json.loads(path.read_bytes())
-        if raw["format"] != _FORMAT:
-            raise ValueError(f"format {raw['format']!r}, this version of whence reads {_FORMAT}")
-        shards = {str(entry["name"]): _Shard(int(entry["bytes"]), str(entry["sha256"])) for entry in raw["shards"]}
-        return _Manifest(str(raw["kind"]), dict(raw["settings"]), shards, bool(raw["complete"]), dict(raw["result"]))
-    except FileNotFoundError:
-        raise StorageError(f"{path} is missing: nothing was stored there. Check the path, or run the step that writes it.") from None
-    except OSError as error:
-        raise StorageError(f"cannot read {path}: {error.strerror or error}. Check its permissions.") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise StorageError(
-            f"{path} is not a manifest ({type(error).__name__}: {error}). It was truncated or altered: "
-            f"delete the folder {folder} and run again, or restore the file from a copy."
-        ) from error
-
-
-def _compare(folder: Path, stored: _Manifest, kind: str, present: dict[str, Any] | None) -> None:
-    remedy = "Use the stored value, or give another folder, or delete this one to start again."
-    if stored.kind != kind:
-        raise MismatchError(f"{folder} holds {stored.kind!r}, but {kind!r} was asked for. {remedy}")
-    found = [] if present is None else list(differences(stored.settings, present))
-    if found:
-        shown = "; ".join(f"{field}: stored {old}, present {new}" for field, old, new in found[:3])
-        more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
-        raise MismatchError(f"{folder} was written with other settings: {shown}{more}. {remedy}")
