@@ -152,7 +152,7 @@ def test_appended_rows_are_found_and_deleted_ones_are_not(tmp_path: Path) -> Non
 
 
 def test_an_index_of_another_model_is_refused(tmp_path: Path) -> None:
-    index = fitted(tmp_path / "one").index(ROWS)
+    index = fitted(tmp_path / "one").index(ROWS, keep=0.5)
     other = MLP.model()
     with torch.no_grad():
         next(other.parameters()).add_(0.1)
@@ -162,12 +162,12 @@ def test_an_index_of_another_model_is_refused(tmp_path: Path) -> None:
 
 def test_other_rows_and_other_settings_are_refused(tmp_path: Path) -> None:
     attributor = fitted(tmp_path)
-    attributor.index(ROWS)
+    attributor.index(ROWS, keep=0.5)
     with pytest.raises(ConfigError, match="indexes other rows"):
-        attributor.index(ROWS[:5])
+        attributor.index(ROWS[:5], keep=0.5)
     with pytest.raises(MismatchError, match="keep"):
-        attributor.index(ROWS, keep=0.5)
-    assert len(attributor.index(ROWS[:5], overwrite=True)) == 5
+        attributor.index(ROWS, keep=0.6)
+    assert len(attributor.index(ROWS[:5], keep=0.5, overwrite=True)) == 5
 
 
 @pytest.mark.parametrize(
@@ -178,24 +178,25 @@ def test_other_rows_and_other_settings_are_refused(tmp_path: Path) -> None:
         ({"keep": 1.5}, "keep=1.5"),
         ({"dtype": "int4"}, "dtype='int4'"),
         ({"ids": [0] * 13}, "ids repeat"),
-        ({"ids": [0, 1]}, "ids"),
+        ({"ids": [0, 1]}, "ids has 2 entries for 13 rows"),
+        ({"keep": 1e-4}, "keep=0.0001 leaves a row 0 bytes"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
-        fitted().index(ROWS, **options)
+        fitted().index(ROWS, **{"keep": 0.5, **options})
 
 
 @pytest.mark.parametrize("options", [{"k": 0}, {"rescore": -0.1}, {"rescore": 2}])
 def test_bad_questions_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="give k"):
-        fitted().index(ROWS).query(QUERIES, **options)
+        fitted().index(ROWS, keep=0.5).query(QUERIES, **options)
 
 
 def test_nan_is_refused_with_its_row() -> None:
     rows = [*ROWS[:4], (torch.full_like(ROWS[4][0], float("inf")), ROWS[4][1]), *ROWS[5:]]
     with pytest.raises((DataError, whence.errors.NumericalError), match="4"):
-        fitted().index(rows)
+        fitted().index(rows, keep=0.5)
 
 
 @pytest.mark.parametrize("broken", range(5))
@@ -229,7 +230,7 @@ def test_a_run_broken_off_at_any_write_ends_the_same(tmp_path: Path, monkeypatch
 
 
 def test_altered_shards_are_noticed(tmp_path: Path) -> None:
-    index = fitted(tmp_path).index(ROWS)
+    index = fitted(tmp_path).index(ROWS, keep=0.5)
     index.verify()
     file = max(index.folder.glob("*rows*.safetensors"))
     data = bytearray(file.read_bytes())

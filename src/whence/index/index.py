@@ -138,7 +138,7 @@ class Index:
         top, bottom = both_ends(self._stored.blocks(projection, projection.hold(vectors)), candidates if rescore else min(k, len(self)))
         if not rescore:
             return Answer(proponents=top, opponents=bottom, exact=False)
-        ids = torch.cat([top.ids, bottom.ids], dim=1).unique()
+        ids = self.ids if rescore == 1 else torch.cat([top.ids, bottom.ids], dim=1).unique()
         rows = [self._row(example) for example in ids.tolist()]
         exact = self._bench.index_exact(queries, query_rows, rows, self.settings)
         blocks = [(ids, exact.T)]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from whence.errors import ConfigError
 from whence.index.balance import Balance
 from whence.index.dense import dense_rows
 from whence.index.factors import FactorRows
@@ -26,8 +27,15 @@ def make_projection(
         shapes: `[group, out, in]`, in the order of the layers.
 
     Raises:
-        ConfigError: a layer has no eigenvectors to project on.
+        ConfigError: a row is too small for a triplet, or a layer has no eigenvalues to go by.
     """
     if settings.projection == "factors":
-        return FactorRows(balances=balances, shapes=shapes, settings=settings)
+        rows = FactorRows(balances=balances, shapes=shapes, settings=settings)
+        if rows.budget < (least := max(map(rows.cost, shapes))):
+            whole = rows.budget / settings.keep
+            raise ConfigError(
+                f"keep={settings.keep:.3g} leaves a row {rows.budget} bytes, and one triplet of the largest layer takes {least}. "
+                f"Give keep={least / whole:.2g} or more, or another projection."
+            )
+        return rows
     return dense_rows(balances, energies, shapes, settings)

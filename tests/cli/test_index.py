@@ -1,0 +1,87 @@
+"""The verbs index and query."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import whence
+from commands import done, refused
+from finetuned import Place
+
+MINE = "recipe.py:tiny"
+
+
+def indexed(run: Any, *options: str) -> Any:
+    done(run, "fit", MINE)
+    return done(run, "index", MINE, *(options or ("--keep", "1")), "--json").data
+
+
+def test_index_says_what_a_row_costs(run: Any, here: Path) -> None:
+    made = indexed(run, "--keep", "1/2", "--dtype", "bfloat16", "--projection", "pca")
+    assert (made["rows"], made["projection"], made["keep"], made["dtype"]) == (23, "pca", 0.5, "bfloat16")
+    files = (here / made["index"]).glob("*.safetensors")
+    assert made["bytes_per_row"] == round(sum(file.stat().st_size for file in files) / 23)
+
+
+def test_query_lists_the_rows_that_scores_list(run: Any, here: Path) -> None:
+    indexed(run)
+    answer = done(run, "query", MINE, "--query", "2,5", "--k", "3", "--bottom", "--rescore", "1", "--json").data
+    done(run, "score", MINE)
+    scores = whence.Scores.load(here / "runs/tiny/scores/ekfac")
+    assert answer["exact"] is True
+    assert [entry["query"] for entry in answer["queries"]] == [2, 5]
+    for entry in answer["queries"]:
+        for side, ranked in (("proponents", scores.top), ("opponents", scores.bottom)):
+            expected = ranked(entry["query"], 3)
+            assert [row["train"] for row in entry[side]] == [row for row, _ in expected]
+            assert [row["score"] for row in entry[side]] == pytest.approx([score for _, score in expected], rel=1e-4)
+
+
+def test_query_without_a_number_takes_the_first(run: Any) -> None:
+    indexed(run)
+    result = done(run, "query", MINE)
+    assert result.out.startswith("query 0")
+    assert result.out.count("train ") == 10
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--query", "7"], "--query 7: there are 7 queries"),
+        (["--text", "hello"], "recipe tiny does not say how a text becomes a row"),
+        (["--text", "hello", "--query", "1"], "--query and --text were both given"),
+        (["--name", "other"], "there is no index to ask"),
+        (["--rescore", "2"], "--rescore"),
+    ],
+)
+def test_questions_that_cannot_be_asked(run: Any, arguments: list[str], text: str) -> None:
+    indexed(run)
+    assert text in refused(run, "query", MINE, *arguments)
+
+
+@pytest.mark.parametrize("keep", ["0", "2", "1/0", "half"])
+def test_shares_that_are_none(run: Any, keep: str) -> None:
+    assert "is no share" in refused(run, "index", MINE, "--keep", keep)
+
+
+@pytest.mark.usefixtures("offline_and_quick")
+@pytest.mark.parametrize("name", ["sst2", "wikitext"])
+def test_a_text_can_be_asked_about(run: Any, place: Place, name: str) -> None:
+    pytest.importorskip("transformers")
+    done(run, "index", *place.options(name))
+    text = "the film is good and the plot too"
+    (entry,) = done(run, "query", *place.options(name), "--text", text, "--k", "2", "--json").data["queries"]
+    assert text in entry["text"]
+    assert len(entry["proponents"]) == 2
+
+
+@pytest.mark.usefixtures("offline_and_quick")
+def test_texts_that_are_no_rows_are_refused(run: Any, place: Place) -> None:
+    pytest.importorskip("transformers")
+    done(run, "index", *place.options("swag"))
+    assert "ask about its queries" in refused(run, "query", *place.options("swag"), "--text", "one text")
+    done(run, "index", *place.options("wikitext"))
+    assert "0 tokens" in refused(run, "query", *place.options("wikitext"), "--text", "")
