@@ -18,10 +18,11 @@ from whence.curvature.settings import DampingLike, ResponseLike, Spectrum
 from whence.curvature.strategies import StrategyName, get_strategy
 from whence.evaluate.lds import Calibration, calibrate
 from whence.evaluate.retrain import RetrainBank
+from whence.index.claim import checked_ids
 from whence.index.encoding import Dtype
 from whence.index.index import Index
 from whence.index.projection import Kind, RowSettings
-from whence.indexing import IndexBench, checked_ids
+from whence.indexing import IndexBench
 from whence.plan.predict import make_plan
 from whence.plan.result import Plan
 from whence.pretrained import open_pretrained, open_trainer, training_time
@@ -258,7 +259,7 @@ class Attributor(IndexBench):
         chosen = self._chosen(strategy)
         ask = Ask(strategy=chosen, spectrum=self._spectrum(chosen, damping, response), name=name, overwrite=overwrite)
         folder = self.write_index(rows, checked_ids(ids, len(rows)), ask, made)
-        return Index(self, folder, train=train, places=None if ids is None else ids)
+        return Index(self, folder, train=train)
 
     def plan(self, train: Any, queries: Any = None, **options: Any) -> Plan:
         """Predict what `fit`, `scores` and `self_influence` will cost; options and errors are those of `whence.plan.predict.make_plan`."""

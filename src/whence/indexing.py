@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -16,19 +17,19 @@ from whence.capture.contract import working_set
 from whence.capture.pair import LayerGradient
 from whence.capture.passes import Rows, finished, measurement_of, raise_not_finite_anywhere, run_block
 from whence.capture.recorder import Recorder
-from whence.capture.survey import Survey
 from whence.capture.tracking import TrackedLayer
 from whence.curvature.settings import Spectrum
 from whence.curvature.stored import Preconditioner, stored_curvature
-from whence.errors import ConfigError, MismatchError
+from whence.errors import MismatchError
 from whence.index.balance import Balance, balance
+from whence.index.claim import checked_ids, claim_first, claim_more, finish
 from whence.index.make import make_projection
-from whence.index.projection import Projection, RowSettings
-from whence.index.stored import claim_part
+from whence.index.projection import Held, Projection, RowSettings
+from whence.index.stored import StoredIndex
 from whence.index.writer import IndexWriter
-from whence.scores.queries import DenseQueries
-from whence.scores.request import Ask, Request
-from whence.storage.run import fingerprint_rows
+from whence.scores.blocks import block_names
+from whence.scores.matrix import TOTAL
+from whence.scores.request import Ask
 from whence.storage.settings import differences, plain_json
 from whence.storage.shards import ShardStore
 from whence.workbench import Workbench
@@ -36,44 +37,51 @@ from whence.workbench import Workbench
 
 @dataclass(frozen=True, kw_only=True)
 class _Ready:
-    """A session with a curvature and a projection."""
+    """A session with a curvature and a projection; `data`: fingerprints of the data sets that were looked at."""
 
     recorder: Recorder
     preconditioner: Preconditioner
     balances: Mapping[str, Balance]
     projection: Projection
     settings: dict[str, Any]
+    data: Mapping[str, str]
 
 
 class IndexBench(Workbench):
     """What an `Index` asks of a model."""
 
-    def write_index(self, rows: Rows, ids: Sequence[int], ask: Ask, made: RowSettings, *, append: bool = False) -> Path:
+    def write_index(self, rows: Rows, ids: Sequence[int], ask: Ask, made: RowSettings) -> Path:
         """Write the rows of an index, or those that are missing; return its folder."""
         with (
             self._ready(rows, ask.strategy, ask.spectrum, made, train=rows.dataset) as ready,
             self._store("index", ask.folder, ready.settings, ask.overwrite) as store,
         ):
-            part = claim_part(store, ids, fingerprint_rows(rows.dataset), append=append, replace=ask.overwrite or self._temporary)
-            writer = IndexWriter(
-                recorder=ready.recorder, preconditioner=ready.preconditioner, projection=ready.projection, store=store, stages=self.stages
-            )
-            writer.write(rows, part, int(4 * sum(layer.parameters for layer in self._layers) * made.keep))
-            store.finish({})
-            self._record("index", ready.settings)
+            part = claim_first(store, ids, ready.data["train"], overwrite=ask.overwrite, replace=self._temporary)
+            self._write_part(ready, store, rows, part)
             return store.folder
 
-    def index_append(self, folder: Path, rows: Any, ids: Sequence[int]) -> None:
+    def index_append(self, folder: Path, rows: Any, ids: Any) -> None:
         """Add rows to an index."""
-        settings = ShardStore.open(folder, kind="index").settings
-        ask = Ask(strategy=settings["strategy"], spectrum=Spectrum.from_json(settings["spectrum"]), name=folder.name)
+        settings = StoredIndex.open(folder).settings
         taken = self._rows(rows, "training", None, "auto")
-        self.write_index(taken, checked_ids(ids, len(taken)), ask, RowSettings(**settings["rows"]), append=True)
+        wanted = checked_ids(ids, len(taken))
+        spectrum, made = Spectrum.from_json(settings["spectrum"]), RowSettings(**settings["rows"])
+        with (
+            self._ready(taken, settings["strategy"], spectrum, made, train=rows) as ready,
+            ShardStore(folder, kind="index", settings=ready.settings) as store,
+        ):
+            self._write_part(ready, store, taken, claim_more(store, wanted, ready.data["train"]))
 
-    def index_queries(
-        self, queries: Any, query_rows: Sequence[int] | None, settings: Mapping[str, Any]
-    ) -> tuple[Projection, dict[str, Tensor]]:
-        """Return the projection of an index, and the queries' P of each layer, `[query, group, out, in]`.
+    def _write_part(self, ready: _Ready, store: ShardStore, rows: Rows, part: int) -> None:
+        IndexWriter(
+            recorder=ready.recorder, preconditioner=ready.preconditioner, projection=ready.projection, store=store, stages=self.stages
+        ).write(rows, part)
+        if finish(store, self._layers):
+            self._leave_out_unreached(store)
+        self._record("index", ready.settings)
+
+    def index_queries(self, queries: Any, query_rows: Sequence[int] | None, settings: Mapping[str, Any]) -> tuple[Projection, Held]:
+        """Return the projection of an index, and the queries as it holds them.
 
         Raises:
             MismatchError: the index is of another model, or of factors fitted otherwise.
@@ -88,82 +96,79 @@ class IndexBench(Workbench):
                     f"the index was made with another model or curvature: {shown}. Open the one that it is of, or index again."
                 )
             with self.stages.stage("Query gradients"):
-                held = finished(
+                held, _ = finished(
                     ready.recorder,
                     rows,
-                    partial(_vectors, ready, rows),
-                    lambda vectors: all(one.finite() for one in vectors.values()),
+                    partial(_held, ready, rows),
+                    lambda result: result[1],
                     lambda: raise_not_finite_anywhere(ready.recorder, rows, measurement_of(self.task), "Query gradients"),
                 )
-            return ready.projection, {name: one.values for name, one in held.items()}
+            return ready.projection, held
 
     def index_exact(self, queries: Any, query_rows: Sequence[int] | None, rows: list[Any], settings: Mapping[str, Any]) -> Tensor:
-        """Return exact scores `[query, row]`."""
-        ask = Ask(
-            strategy=settings["strategy"],
-            spectrum=Spectrum.from_json(settings["spectrum"]),
-            request=Request(),
-            name="index",
-            overwrite=True,
-        )
+        """Return exact scores `[query, row]`; nothing is stored."""
+        ask = Ask(strategy=settings["strategy"], spectrum=Spectrum.from_json(settings["spectrum"]))
         train = self._rows(rows, "training", None, "auto")
-        return self._score(self._rows(queries, "query", query_rows, "auto", "query_batch_size"), train, ask).values
+        asked = self._rows(queries, "query", query_rows, "auto", "query_batch_size")
+        with (
+            self._session(train) as (recorder, seen),
+            TemporaryDirectory() as folder,
+            ShardStore(folder, kind="scores", settings=seen.identity) as store,
+        ):
+            self._pairwise(recorder, self._factors(ask.strategy, seen), ask, store, train).run(asked, train)
+            return torch.cat([store.read(name)[TOTAL] for name in block_names(train)], dim=1)
 
     @contextmanager
     def _ready(self, rows: Rows, strategy: str, spectrum: Spectrum, made: RowSettings, **datasets: Any) -> Iterator[_Ready]:
         with self._session(rows, **datasets) as (recorder, seen):
             factors = self._factors(strategy, seen)
-            weighed = self._preconditioner(factors, spectrum)
-            curvature = stored_curvature(factors, self._layers)
-            names = [layer.name for layer in recorder.taken]
+            weighed, energies = self._curved(factors, spectrum, made)
             like = torch.zeros((), dtype=weighed.dtype, device=self.device)
-            balances = {name: balance(weighed.basis(name), weighed.weight(name), like) for name in names}
-            energies: dict[str, Tensor | None] = {}
-            for name in names:
-                eigenvalues, weights = curvature[name].eigenvalues, weighed.weight(name)
-                energies[name] = None if eigenvalues is None or weights is None else eigenvalues.to(weights) * weights
+            # Balanced eigenvectors are a second copy beside the factors', on the device even where those are offloaded.
+            balances = {layer.name: balance(weighed.basis(layer.name), weighed.weight(layer.name), like) for layer in recorder.taken}
             shapes = {layer.name: layer.shape for layer in recorder.taken}
+            one_hot = {layer.name for layer in recorder.taken if any(site.handler.one_hot for site in layer.sites)}
+            fitted = {} if factors is None else {key: value for key, value in factors.settings.items() if key not in seen.identity}
             yield _Ready(
                 recorder=recorder,
                 preconditioner=weighed,
                 balances=balances,
-                projection=make_projection(made, balances, energies, shapes),
-                settings=self._index_settings(strategy, spectrum, made, seen, factors),
+                projection=make_projection(made, balances, energies, shapes, one_hot),
+                settings={
+                    "strategy": strategy,
+                    "spectrum": spectrum.to_json(),
+                    "rows": made.to_json(),
+                    "factors": fitted,
+                    **seen.identity,
+                },
+                data=seen.data,
             )
 
-    def _index_settings(
-        self, strategy: str, spectrum: Spectrum, made: RowSettings, seen: Survey, factors: ShardStore | None
-    ) -> dict[str, Any]:
-        fitted = {} if factors is None else {key: value for key, value in factors.settings.items() if key not in seen.identity}
-        return {"strategy": strategy, "spectrum": spectrum.to_json(), "rows": made.to_json(), "factors": fitted, **seen.identity}
+    def _curved(self, factors: ShardStore | None, spectrum: Spectrum, made: RowSettings) -> tuple[Preconditioner, dict[str, Tensor | None]]:
+        """Return the preconditioner, and what `pca` goes by: eigenvalue times weight of each layer, where it has any."""
+        curvature = stored_curvature(factors, self._layers)
+        weighed = self._weighed(curvature, spectrum)
+        energies: dict[str, Tensor | None] = {}
+        for name, layer in curvature.items() if made.projection == "pca" else ():
+            weights = weighed.weight(name)
+            energies[name] = None if layer.eigenvalues is None or weights is None else layer.eigenvalues.to(weights) * weights
+        return weighed, energies
 
 
-def checked_ids(ids: Sequence[int] | None, rows: int) -> Sequence[int]:
-    """Return one id for every row, by default its place.
-
-    Raises:
-        ConfigError: there are more or fewer, or one is no whole number of zero or more.
-    """
-    if ids is None:
-        return range(rows)
-    if len(ids) != rows or not all(isinstance(example, int) and example >= 0 for example in ids):
-        raise ConfigError(f"ids has {len(ids)} entries for {rows} rows; give one whole number, zero or more, for each.")
-    return ids
-
-
-def _vectors(ready: _Ready, rows: Rows) -> dict[str, DenseQueries]:
-    """Return P of each layer that a query reaches."""
-    found: dict[str, DenseQueries] = {}
+def _held(ready: _Ready, rows: Rows) -> tuple[Held, bool]:
+    """Return the queries as the projection holds them, and whether they are finite."""
+    held, whole = ready.projection.hold(len(rows)), [True]
     budget = working_set(rows.device.type)
 
     def consume(first: int, layer: TrackedLayer, gradient: LayerGradient) -> None:
-        if layer.name not in found:
-            own = ready.balances[layer.name]
-            empty = torch.zeros(len(rows), *layer.shape, dtype=ready.preconditioner.dtype, device=rows.device)
-            found[layer.name] = DenseQueries(values=empty, basis=own.queries, weights=own.weights, rotated=True, budget=budget)
-        found[layer.name].fill(first, gradient)
+        own = ready.balances[layer.name]
+        for chunk, values in gradient.gradients(own.queries, budget):
+            if own.weights is not None:
+                values *= own.weights
+            whole[0] &= bool(torch.isfinite(values).all())
+            ready.projection.fill(held, layer.name, first + (chunk.start or 0), values)
 
     for block in rows.blocks():
         objective = measurement_of(ready.recorder.task)
         run_block(ready.recorder, rows, block, objective, lambda place: partial(consume, place), lambda n: None, first=block.start)
-    return found
+    return held, whole[0]

@@ -279,7 +279,9 @@ class Workbench:
         return {"strategy": ask.strategy, **ask.spectrum.to_json(), **seen.identity, "factors": fitted, **seen.data, **ask.asked}
 
     def _preconditioner(self, factors: ShardStore | None, spectrum: Spectrum) -> Preconditioner:
-        curvature = stored_curvature(factors, self._layers)
+        return self._weighed(stored_curvature(factors, self._layers), spectrum)
+
+    def _weighed(self, curvature: Curvature, spectrum: Spectrum) -> Preconditioner:
         weights = spectral_weights(curvature, spectrum.damping, spectrum.response, {layer.name: layer.shape for layer in self._layers})
         return self._placed(curvature, weights)
 

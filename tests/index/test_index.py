@@ -163,7 +163,7 @@ def test_an_index_of_another_model_is_refused(tmp_path: Path) -> None:
 def test_other_rows_and_other_settings_are_refused(tmp_path: Path) -> None:
     attributor = fitted(tmp_path)
     attributor.index(ROWS, keep=0.5)
-    with pytest.raises(ConfigError, match="indexes other rows"):
+    with pytest.raises(MismatchError, match="indexes other rows"):
         attributor.index(ROWS[:5], keep=0.5)
     with pytest.raises(MismatchError, match="keep"):
         attributor.index(ROWS, keep=0.6)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,7 +16,7 @@ from whence.capture.pair import Basis, LayerGradient
 from whence.errors import ConfigError
 from whence.index.balance import Balance
 from whence.index.encoding import BYTES, encode
-from whence.index.projection import RowSettings, Tensors
+from whence.index.projection import Kind, RowSettings, Tensors
 
 VALUES, SCALES = "values", "scales"
 _SCALE_BYTES = 4
@@ -48,6 +49,7 @@ class TwoSided:
     outputs: Tensor | None
     inputs: Tensor | None
     shape: tuple[int, int, int]
+    working_set: int
 
     @classmethod
     def make(cls, balance: Balance, shape: tuple[int, int, int], outputs: Tensor | None, inputs: Tensor | None) -> TwoSided:
@@ -58,7 +60,8 @@ class TwoSided:
 
         rows = Basis(outputs=joined(balance.rows.outputs, outputs), inputs=joined(balance.rows.inputs, inputs))
         k_out, k_in = (size if r is None else r.shape[-1] for size, r in zip(shape[1:], (outputs, inputs), strict=True))
-        return cls(rows=rows, outputs=outputs, inputs=inputs, shape=(shape[0], k_out, k_in))
+        budget = working_set(balance.like.device.type)
+        return cls(rows=rows, outputs=outputs, inputs=inputs, shape=(shape[0], k_out, k_in), working_set=budget)
 
     @property
     def size(self) -> int:
@@ -67,8 +70,7 @@ class TwoSided:
 
     def of_rows(self, gradient: LayerGradient) -> Tensor:
         """Return the part of training rows."""
-        budget = working_set("cpu")
-        return torch.cat([part.flatten(1) for _, part in gradient.gradients(self.rows, budget)])
+        return torch.cat([part.flatten(1) for _, part in gradient.gradients(self.rows, self.working_set)])
 
     def of_queries(self, values: Tensor) -> Tensor:
         """Return the part of queries."""
@@ -83,24 +85,25 @@ class Sketch:
     places: Tensor
     signs: Tensor
     size: int
+    working_set: int
 
     @classmethod
     def make(cls, balance: Balance, shape: tuple[int, int, int], size: int, generator: torch.Generator) -> Sketch:
-        """Draw places and signs."""
-        numbers = math.prod(shape)
+        """Draw places and signs: nine bytes for every coordinate, on the gradients' device."""
+        numbers, device = math.prod(shape), balance.like.device
         places = torch.randint(size, (numbers,), generator=generator)
         signs = torch.randint(2, (numbers,), generator=generator).to(torch.int8) * 2 - 1
-        return cls(rows=balance.rows, places=places, signs=signs, size=size)
+        budget = working_set(device.type)
+        return cls(rows=balance.rows, places=places.to(device), signs=signs.to(device), size=size, working_set=budget)
 
     def of_rows(self, gradient: LayerGradient) -> Tensor:
         """Return the part of training rows."""
-        return torch.cat([self.of_queries(part) for _, part in gradient.gradients(self.rows, working_set("cpu"))])
+        return torch.cat([self.of_queries(part) for _, part in gradient.gradients(self.rows, self.working_set)])
 
     def of_queries(self, values: Tensor) -> Tensor:
         """Return the part of queries."""
         flat = values.flatten(1)
-        places, signs = self.places.to(flat.device), self.signs.to(flat)
-        return flat.new_zeros(len(flat), self.size).index_add_(1, places, flat * signs)
+        return flat.new_zeros(len(flat), self.size).index_add_(1, self.places, flat * self.signs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,14 +121,19 @@ class DenseRows:
         """Return parts as one."""
         return {key: torch.cat([part[key] for part in parts]) for key in (VALUES, SCALES)}
 
-    def hold(self, queries: Mapping[str, Tensor]) -> Tensor:
-        """Return the queries' numbers, `[query, number]`."""
-        count = len(next(iter(queries.values())))
-        columns = [
-            part.of_queries(queries[name]).float() if name in queries else torch.zeros(count, part.size)
-            for name, part in self.parts.items()
-        ]
-        return torch.cat([column.cpu() for column in columns], dim=1)
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row."""
+        return sum(part.size * BYTES[self.settings.dtype] + _SCALE_BYTES for part in self.parts.values())
+
+    def hold(self, queries: int) -> Tensor:
+        """Return the queries' numbers `[query, number]`, all zero."""
+        return torch.zeros(queries, sum(part.size for part in self.parts.values()))
+
+    def fill(self, held: Tensor, layer: str, first: int, values: Tensor) -> None:
+        """Take a layer's part of some queries."""
+        start = sum(part.size for part in itertools.takewhile(lambda part: part is not self.parts[layer], self.parts.values()))
+        held[first : first + len(values), start : start + self.parts[layer].size] = self.parts[layer].of_queries(values)
 
     def scores(self, rows: Tensors, held: Tensor, examples: int) -> Tensor:
         """Return products of rows with queries."""
@@ -164,11 +172,17 @@ class DenseBatch:
         return {VALUES: torch.cat([values for values, _ in encoded], dim=1), SCALES: torch.stack([scale for _, scale in encoded], dim=1)}
 
 
+def least_bytes(shapes: Mapping[str, tuple[int, int, int]], settings: RowSettings) -> int:
+    """Return the bytes of a row that has one number of each layer."""
+    return len(shapes) * (BYTES[settings.dtype] + _SCALE_BYTES)
+
+
 def dense_rows(
     balances: Mapping[str, Balance],
     energies: Mapping[str, Tensor | None],
     shapes: Mapping[str, tuple[int, int, int]],
     settings: RowSettings,
+    one_hot: Collection[str],
 ) -> DenseRows:
     """Share a row's bytes among the layers by their sizes, and make each layer's part."""
     total = sum(map(math.prod, shapes.values()))
@@ -177,28 +191,31 @@ def dense_rows(
     parts: dict[str, Part] = {}
     for number, (name, shape) in enumerate(shapes.items()):
         generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + number)
-        parts[name] = _part(balances[name], energies[name], shape, min(1.0, share), settings, generator, name)
+        kind = settings.projection
+        # Groups of a normalisation are too small to project one by one, and one-hot inputs are held sparsely: only their outputs rotate.
+        if kind != "none" and (shape[0] > 1 or name in one_hot):
+            kind = "sjlt"
+        parts[name] = _part(kind, balances[name], energies.get(name), shape, share, generator, name)
     return DenseRows(parts=parts, settings=settings)
 
 
 def _part(
+    kind: Kind,
     balance: Balance,
     energy: Tensor | None,
     shape: tuple[int, int, int],
     share: float,
-    settings: RowSettings,
     generator: torch.Generator,
     name: str,
 ) -> Part:
-    if settings.projection == "none" or share >= 1:
+    if kind == "none" or share >= 1:
         return TwoSided.make(balance, shape, None, None)
     groups, outputs, inputs = shape
-    # Groups of a normalisation are too small to project one by one.
-    if settings.projection == "sjlt" or groups > 1:
+    if kind == "sjlt":
         return Sketch.make(balance, shape, max(1, int(math.prod(shape) * share)), generator)
     k_in = min(inputs, max(1, round(inputs * math.sqrt(share))))
     k_out = min(outputs, max(1, int(outputs * inputs * share / k_in)))
-    if settings.projection == "kronecker":
+    if kind == "kronecker":
         r_out = torch.randn(groups, outputs, k_out, generator=generator) / math.sqrt(k_out)
         r_in = torch.randn(groups, inputs, k_in, generator=generator) / math.sqrt(k_in)
         return TwoSided.make(balance, shape, r_out.to(balance.like), r_in.to(balance.like))

@@ -5,6 +5,9 @@ same bytes; which layers they go to is chosen for the row, by singular value squ
 queries share the curvature's weights (`balance.py`). LoRIF (2601.21929) keeps a fixed rank of projected gradients; here nothing
 is projected before.
 
+Triplets come whole and exact from dense decompositions: of T positions at a cost of T^2 (in + out) + T^3 for every layer and row,
+where T is below both sides, and else of the gradient itself. For long rows this is most of the time.
+
 A shard holds, for layer number l, `l/left` `[triplet, out]`, `l/right` `[triplet, in]`, `l/scale` `[triplet]` and `l/row`
 `[triplet]`, the place of the example that a triplet is of. Layers with groups count as one matrix `[group, out * in]`.
 """
@@ -26,8 +29,6 @@ from whence.index.projection import RowSettings, Tensors
 
 _OVERHEAD = 8
 """Bytes of a triplet beside its vectors: its scale and its row."""
-_LARGEST_POSITIONS = 96
-"""Positions up to which singular triplets come from two QR decompositions; beyond, from a subspace iteration."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,14 @@ class Triplets:
     left: Tensor
     right: Tensor
     values: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldMatrices:
+    """So many queries, and the `matrices` `[query, out, in]` of the layers that one of them reaches."""
+
+    queries: int
+    matrices: dict[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,13 +61,18 @@ class FactorRows:
         """Bytes of a row."""
         return int(4 * sum(map(math.prod, self.shapes.values())) * self.settings.keep)
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row at most."""
+        return self.budget
+
     def cost(self, layer: str) -> int:
         """Bytes of one triplet of a layer."""
         return BYTES[self.settings.dtype] * sum(_matrix(self.shapes[layer])) + _OVERHEAD
 
     def most(self, layer: str) -> int:
-        """Triplets that a row may have of one layer: all its bytes, if it comes to that."""
-        # Four times an even share; what more a layer could use is worth little, and every candidate costs time.
+        """Triplets that a row may have of one layer: as many as its bytes hold, but four times and one more than an even share at most."""
+        # What more a layer could use is worth little, and every candidate costs time.
         even = self.budget / sum(map(self.cost, self.shapes))
         return min(*_matrix(self.shapes[layer]), 1 + math.ceil(4 * even), max(1, self.budget // self.cost(layer)))
 
@@ -68,30 +82,33 @@ class FactorRows:
 
     def join(self, parts: Sequence[Tensors], examples: Sequence[int]) -> dict[str, Tensor]:
         """Return parts as one; the places of rows go on counting."""
-        firsts = torch.tensor([0, *examples]).cumsum(0)
+        firsts = torch.tensor([0, *examples[:-1]], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         joined = {}
         for key in parts[0]:
-            moved = [
-                part[key] + (firsts[n].int() if key.endswith("/row") else 0) if key.endswith("/row") else part[key]
-                for n, part in enumerate(parts)
-            ]
-            joined[key] = torch.cat(moved)
+            places = key.endswith("/row")
+            joined[key] = torch.cat([part[key] + first if places else part[key] for part, first in zip(parts, firsts, strict=True)])
         return joined
 
-    def hold(self, queries: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the queries as matrices `[query, out, in]`."""
-        return {name: values.float().cpu().reshape(len(values), *_matrix(self.shapes[name])) for name, values in queries.items()}
+    def hold(self, queries: int) -> HeldMatrices:
+        """Return the queries without any matrix."""
+        return HeldMatrices(queries=queries, matrices={})
 
-    def scores(self, rows: Tensors, held: Mapping[str, Tensor], examples: int) -> Tensor:
+    def fill(self, held: HeldMatrices, layer: str, first: int, values: Tensor) -> None:
+        """Take a layer's part of some queries."""
+        # Whole matrices, in memory as large as the queries of `scores` need: a row's triplets are not known beforehand.
+        if layer not in held.matrices:
+            held.matrices[layer] = torch.zeros(held.queries, *_matrix(self.shapes[layer]))
+        held.matrices[layer][first : first + len(values)] = values.reshape(len(values), *_matrix(self.shapes[layer]))
+
+    def scores(self, rows: Tensors, held: HeldMatrices, examples: int) -> Tensor:
         """Return products of rows with queries."""
-        count = len(next(iter(held.values())))
-        result = torch.zeros(examples, count)
+        result = torch.zeros(examples, held.queries)
         for number, name in enumerate(self.shapes):
-            if name not in held or not len(rows[f"{number}/row"]):
+            if name not in held.matrices or not len(rows[f"{number}/row"]):
                 continue
             left, right = rows[f"{number}/left"].float(), rows[f"{number}/right"].float()
             places, scale = rows[f"{number}/row"].long(), rows[f"{number}/scale"]
-            for query, matrix in enumerate(held[name]):
+            for query, matrix in enumerate(held.matrices[name]):
                 products = ((right @ matrix.T) * left).sum(1) * scale
                 result[:, query].index_add_(0, places, products)
         return result
@@ -107,8 +124,8 @@ class FactorBatch:
 
     def add(self, layer: str, gradient: LayerGradient) -> None:
         """Take in a layer's gradients."""
-        basis, most = self.projection.balances[layer].rows, self.projection.most(layer)
-        budget = working_set("cpu")
+        balance, most = self.projection.balances[layer], self.projection.most(layer)
+        basis, budget = balance.rows, working_set(balance.like.device.type)
         pair = gradient.live() if isinstance(gradient, Pair) else gradient
         if isinstance(pair, Pair) and pair.sizes.groups == 1 and pair.sizes.positions < min(pair.sizes.inputs, pair.sizes.outputs):
             rotated = pair.rotated(basis)
@@ -139,9 +156,10 @@ class FactorBatch:
         """Return which triplets `[example, rank]` of each layer fit into the rows."""
         if not self.found:
             return {}
-        costs = torch.cat([torch.full(t.values.shape[1:], float(self.projection.cost(name))) for name, t in self.found.items()])
+        costs = torch.cat([torch.full(t.values.shape[1:], self.projection.cost(name)) for name, t in self.found.items()])
         worth = torch.cat([t.values.double().square().cpu() / self.projection.cost(name) for name, t in self.found.items()], dim=1)
         order = torch.sort(worth, dim=1, descending=True, stable=True).indices
+        # The first that does not fit ends the row. Cheaper ones behind it might, but one by one, and for less than one triplet's bytes.
         fits = costs[order].cumsum(1) <= self.projection.budget
         kept = torch.zeros_like(worth, dtype=torch.bool).scatter_(1, order, fits) & (worth > 0)
         ranks = [t.values.shape[1] for t in self.found.values()]

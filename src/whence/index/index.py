@@ -9,22 +9,23 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils.data import Subset
 
-from whence.errors import ConfigError
-from whence.index.projection import Projection
+from whence.errors import ConfigError, MismatchError
+from whence.index.claim import checked_ids
+from whence.index.projection import Held, Projection
 from whence.index.search import Best, both_ends
 from whence.index.stored import DELETED, StoredIndex
 from whence.index.writer import IDS
+from whence.storage.fingerprints import fingerprint_rows
 from whence.storage.shards import ShardStore
 
 
 class Bench(Protocol):
     """What an index needs of the model: gradients of queries, and exact scores of a few rows."""
 
-    def index_queries(
-        self, queries: Any, query_rows: Sequence[int] | None, settings: Mapping[str, Any]
-    ) -> tuple[Projection, dict[str, Tensor]]:
-        """Return the index's projection, and the queries' P of each layer."""
+    def index_queries(self, queries: Any, query_rows: Sequence[int] | None, settings: Mapping[str, Any]) -> tuple[Projection, Held]:
+        """Return the index's projection, and the queries as it holds them."""
         ...
 
     def index_exact(self, queries: Any, query_rows: Sequence[int] | None, rows: list[Any], settings: Mapping[str, Any]) -> Tensor:
@@ -62,9 +63,9 @@ def _pairs(found: Best, query: int) -> list[tuple[int, float]]:
     return list(zip(found.ids[query].tolist(), found.values[query].tolist(), strict=True))
 
 
-def _by_id(ids: Sequence[int] | None) -> Mapping[int, int] | None:
-    """Return the places of example ids; None where ids are places."""
-    return None if ids is None else {int(example): place for place, example in enumerate(ids)}
+def candidates(rows: int, k: int, rescore: float) -> int:
+    """Return how many rows at each end by the index are looked at for `k` answers: half of the share that is scored exactly."""
+    return min(rows, max(k, round(rescore * rows / 2)))
 
 
 class Index:
@@ -73,13 +74,16 @@ class Index:
     Args:
         bench: an `Attributor` of the model that the index is of.
         folder: where the index is.
-        train: the rows, for exact scores of the best.
-        places: example ids of these rows, if they are not their places.
+        train: the rows that were indexed, for exact scores of the best; rows that were appended stand behind them.
+
+    Raises:
+        StorageError: there is no index, or it is unfinished or damaged.
     """
 
-    def __init__(self, bench: Bench, folder: Path | str, *, train: Any = None, places: Sequence[int] | None = None) -> None:
+    def __init__(self, bench: Bench, folder: Path | str, *, train: Any = None) -> None:
         self.folder = Path(folder)
-        self._rows: list[tuple[Any, Mapping[int, int] | None]] = [] if train is None else [(train, _by_id(places))]
+        self._rows = [] if train is None else [train]
+        self._found: dict[int, tuple[Any, int]] | None = None
         self._bench = bench
         self._stored = StoredIndex.open(folder)
 
@@ -99,7 +103,7 @@ class Index:
 
     @property
     def self_influence(self) -> Tensor:
-        """Each row's influence on its own loss, exact, float32 `[row]`."""
+        """Each row's influence on its own loss, exact, float32 `[row]` in the order of `ids`."""
         return self._stored.norms
 
     @property
@@ -113,8 +117,7 @@ class Index:
         Raises:
             MismatchError: the index is of another model. DataError: a query cannot be used.
         """
-        projection, vectors = self._bench.index_queries(queries, query_rows, self.settings)
-        held = projection.hold(vectors)
+        projection, held = self._bench.index_queries(queries, query_rows, self.settings)
         return torch.cat([scores for _, scores in self._stored.blocks(projection, held)]).T.contiguous()
 
     def query(self, queries: Any, *, k: int = 10, rescore: float = 0.05, query_rows: Sequence[int] | None = None) -> Answer:
@@ -123,64 +126,93 @@ class Index:
         Args:
             queries: rows whose measurement is to be explained.
             k: how many of each.
-            rescore: share of the rows, the best by the index at either end, that are scored exactly; 0: none. Needs `train`.
+            rescore: share of the rows that are candidates of each query, half of them (but `k` at least) at either end by the
+                index. All queries' candidates together are scored exactly for all queries. 0: none. Needs `train`.
             query_rows: which queries.
 
         Raises:
-            ConfigError: an option cannot be used. MismatchError, DataError: as of `scores`.
+            ConfigError: an option cannot be used, or all rows are deleted. MismatchError: as of `scores`, or `train` is not what was
+                indexed. DataError: as of `scores`.
         """
         if k < 1 or not 0 <= rescore <= 1:
             raise ConfigError(f"k={k}, rescore={rescore}: give k of 1 or more, and a share from 0 to 1.")
         if rescore and not self._rows:
             raise ConfigError("rescore needs the training rows: open the index with train=..., or say rescore=0.")
-        projection, vectors = self._bench.index_queries(queries, query_rows, self.settings)
-        candidates = min(len(self), max(k, round(rescore * len(self) / 2)))
-        top, bottom = both_ends(self._stored.blocks(projection, projection.hold(vectors)), candidates if rescore else min(k, len(self)))
+        if not len(self):
+            raise ConfigError(f"all rows of {self.folder} are deleted, so there is nothing to ask; append rows, or index again.")
+        projection, held = self._bench.index_queries(queries, query_rows, self.settings)
+        top, bottom = both_ends(self._stored.blocks(projection, held), candidates(len(self), k, rescore))
         if not rescore:
             return Answer(proponents=top, opponents=bottom, exact=False)
         ids = self.ids if rescore == 1 else torch.cat([top.ids, bottom.ids], dim=1).unique()
-        rows = [self._row(example) for example in ids.tolist()]
+        unknown = [example for example in ids.tolist() if example not in self._places]
+        if unknown:
+            raise MismatchError(
+                f"the training rows at hand are not those that were indexed (no example {unknown[0]} among them). "
+                "Give the rows that were indexed, followed by those that were appended, or say rescore=0."
+            )
+        rows = [self.row(example) for example in ids.tolist()]
         exact = self._bench.index_exact(queries, query_rows, rows, self.settings)
-        blocks = [(ids, exact.T)]
-        high, low = both_ends(iter(blocks), min(k, len(ids)))
+        high, low = both_ends([(ids, exact.T)], min(k, len(ids)))
         return Answer(proponents=high, opponents=low, exact=True)
 
-    def _row(self, example: int) -> Any:
-        """Return the row with an example id."""
-        for rows, places in self._rows:
-            place = example if places is None else places.get(example, -1)
-            if 0 <= place < len(rows):
-                return rows[place]
-        raise ConfigError(f"the index has example {example}, and the training rows at hand do not; give all rows, or say rescore=0.")
+    def row(self, example: int) -> Any:
+        """Return the training row with an example id; None if it is not among the rows at hand."""
+        rows, place = self._places.get(example, ([None], 0))
+        return rows[place]
+
+    @property
+    def _places(self) -> Mapping[int, tuple[Any, int]]:
+        """Where the row with an example id is: a data set at hand and the place in it.
+
+        A part's rows are taken only from where their fingerprint is found: content that was exchanged meanwhile would be
+        scored under the ids of other rows. All data are read once for that.
+        """
+        if self._found is None:
+            self._found = {}
+            for rows in self._rows:
+                first = 0
+                for part in self._stored.parts:
+                    places = range(first, first + len(part.ids))
+                    if places.stop <= len(rows) and fingerprint_rows(Subset(rows, places)) == part.fingerprint:
+                        self._found |= {example: (rows, place) for example, place in zip(part.ids.tolist(), places, strict=True)}
+                        first = places.stop
+        return self._found
 
     def append(self, train: Any, ids: Sequence[int]) -> None:
         """Add rows.
 
         Args:
             train: the rows.
-            ids: their example ids, none of which the index has.
+            ids: their example ids, none of which the index has or had.
+
+        The index can be asked meanwhile, and if this breaks off; the rows are there once all of them are written. The same call
+        then continues, a call with other rows begins anew.
 
         Raises:
-            ConfigError: an id is there already. Errors of `Attributor.index`.
+            ConfigError: an id is there already, or was. MismatchError: the model is not the index's. Errors of `Attributor.index`.
         """
         self._bench.index_append(self.folder, train, ids)
-        self._rows.append((train, _by_id(ids)))
+        self._rows.append(train)
+        self._found = None
         self._stored = StoredIndex.open(self.folder)
 
     def delete(self, ids: Sequence[int]) -> None:
         """Delete rows: they are not found any more; their bytes stay on disk.
 
         Raises:
-            ConfigError: an id is not in the index.
+            ConfigError: an id is not in the index, or no whole number.
         """
-        gone = torch.tensor(sorted(set(map(int, ids))), dtype=torch.int64)
-        unknown = gone[~torch.isin(gone, self.ids)]
-        if len(unknown):
-            raise ConfigError(f"id {int(unknown[0])} is not in the index; it has {len(self)} rows.")
+        gone = torch.tensor(checked_ids(ids), dtype=torch.int64).unique()
         with ShardStore(self.folder, kind="index", settings=self.settings) as store:
-            result = store.result
-            store.write(DELETED, {IDS: torch.cat([self._stored.deleted, gone]).unique()})
-            store.finish(result)
+            stored = StoredIndex.of(store)  # another process may have written since this object was made
+            unknown = gone[~torch.isin(gone, stored.ids)]
+            if len(unknown):
+                raise ConfigError(f"id {int(unknown[0])} is not in the index; it has {len(stored.ids)} rows.")
+            complete, result = store.complete, store.result
+            store.write(DELETED, {IDS: torch.cat([stored.deleted, gone]).unique()})
+            if complete:
+                store.finish(result)
         self._stored = StoredIndex.open(self.folder)
 
     def verify(self) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
 
 from torch import Tensor
 
 from whence.errors import ConfigError
 from whence.index.balance import Balance
-from whence.index.dense import dense_rows
+from whence.index.dense import DenseRows, dense_rows, least_bytes
 from whence.index.factors import FactorRows
 from whence.index.projection import Projection, RowSettings
 
@@ -18,6 +19,7 @@ def make_projection(
     balances: Mapping[str, Balance],
     energies: Mapping[str, Tensor | None],
     shapes: Mapping[str, tuple[int, int, int]],
+    one_hot: Collection[str] = (),
 ) -> Projection:
     """Return the projection for layers.
 
@@ -25,17 +27,23 @@ def make_projection(
         settings: which, and how large.
         balances: each layer's share of the weights. energies: eigenvalue times weight, `[group, out, in]`, or None.
         shapes: `[group, out, in]`, in the order of the layers.
+        one_hot: layers whose inputs are one-hot: embeddings.
 
     Raises:
-        ConfigError: a row is too small for a triplet, or a layer has no eigenvalues to go by.
+        ConfigError: a row is too small for a triplet or for a number of each layer, or a layer has no eigenvalues to go by.
     """
+    rows: FactorRows | DenseRows
     if settings.projection == "factors":
         rows = FactorRows(balances=balances, shapes=shapes, settings=settings)
-        if rows.budget < (least := max(map(rows.cost, shapes))):
-            whole = rows.budget / settings.keep
-            raise ConfigError(
-                f"keep={settings.keep:.3g} leaves a row {rows.budget} bytes, and one triplet of the largest layer takes {least}. "
-                f"Give keep={least / whole:.2g} or more, or another projection."
-            )
+        _check_size(settings, shapes, max(map(rows.cost, shapes)), "one triplet of the largest layer takes")
         return rows
-    return dense_rows(balances, energies, shapes, settings)
+    if settings.projection != "none":
+        _check_size(settings, shapes, least_bytes(shapes, settings), "one number of each layer, with its scale, takes")
+    return dense_rows(balances, energies, shapes, settings, one_hot)
+
+
+def _check_size(settings: RowSettings, shapes: Mapping[str, tuple[int, int, int]], least: int, what: str) -> None:
+    whole = 4 * sum(map(math.prod, shapes.values()))
+    if (found := int(whole * settings.keep)) < least:
+        other = f"Give keep={least / whole:.2g} or more, or another projection." if least <= whole else "Give another projection."
+        raise ConfigError(f"keep={settings.keep:.3g} leaves a row {found} bytes, and {what} {least}. {other}")

@@ -41,8 +41,17 @@ class Projection(Protocol):
         """Return parts of so many examples each as one."""
         ...
 
-    def hold(self, queries: Mapping[str, Tensor]) -> Held:
-        """Take the queries' P of each layer, `[query, group, out, in]`."""
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row at most, about."""
+        ...
+
+    def hold(self, queries: int) -> Held:
+        """Begin with so many queries, of which nothing is known yet: they score zero with every row."""
+        ...
+
+    def fill(self, held: Held, layer: str, first: int, values: Tensor) -> None:
+        """Take a layer's P `[query, group, out, in]` of the queries from `first` on."""
         ...
 
     def scores(self, rows: Tensors, held: Held, examples: int) -> Tensor:

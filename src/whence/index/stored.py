@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,30 +11,46 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from whence.errors import ConfigError, StorageError
+from whence.errors import StorageError
 from whence.index.projection import Held, Projection
-from whence.index.writer import FINGERPRINT, IDS, NORM, about
+from whence.index.writer import FINGERPRINT, IDS, NORM, about, done
 from whence.storage.shards import ShardStore
 
 DELETED = "deleted"
 
 
 @dataclass(frozen=True, kw_only=True)
+class Part:
+    """What a part is of: example `ids`, int64 `[row]`, and the 64 hex digits over the rows' content."""
+
+    ids: Tensor
+    fingerprint: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class StoredIndex:
-    """A finished index, open for reading."""
+    """The whole parts of an index; one that is being appended, or was broken off, is not there."""
 
     store: ShardStore
 
     @classmethod
     def open(cls, folder: Path | str) -> StoredIndex:
-        """Open an index.
+        """Open an index for reading.
 
         Raises:
             StorageError: there is none, or it is unfinished or damaged.
         """
-        store = ShardStore.open(folder, kind="index")
-        if not store.complete:
-            raise StorageError(f"{folder}: this index is unfinished. Run the command that makes it again; it continues.")
+        return cls.of(ShardStore.open(folder, kind="index"))
+
+    @classmethod
+    def of(cls, store: ShardStore) -> StoredIndex:
+        """Return the index in a store.
+
+        Raises:
+            StorageError: it is unfinished.
+        """
+        if done(0) not in store.names:
+            raise StorageError(f"{store.folder}: this index is unfinished. Run the command that makes it again; it continues.")
         return cls(store=store)
 
     @property
@@ -43,30 +59,36 @@ class StoredIndex:
         return self.store.settings
 
     @cached_property
+    def parts(self) -> list[Part]:
+        """The parts, in their order."""
+        count = sum(name.endswith("/done") for name in self.store.names)
+        return [read_part(self.store, number) for number in range(count)]
+
+    @cached_property
     def deleted(self) -> Tensor:
         """Example ids that are not to be found, int64."""
-        return deleted(self.store)
+        return self.store.read(DELETED)[IDS] if DELETED in self.store.names else torch.zeros(0, dtype=torch.int64)
 
     @cached_property
     def ids(self) -> Tensor:
         """Example ids of the rows that are there, int64 `[row]`, in the order of `blocks`."""
-        return torch.cat([ids for _, ids in self._shards()])
+        ids = torch.cat([part.ids for part in self.parts])
+        return ids[self._alive(ids)]
 
     @cached_property
     def norms(self) -> Tensor:
         """Self-influence of these rows, float32 `[row]`."""
-        norms = torch.cat([self.store.view(name)[NORM] for name, _ in self._named()])
-        return norms[self._alive(torch.cat([ids for _, ids in self._named()]))]
+        return torch.cat([self.store.view(name)[NORM][self._alive(ids)] for name, ids in self._shards()])
 
     @property
     def row_bytes(self) -> float:
         """Bytes on disk per row, everything counted."""
         files = sum(path.stat().st_size for path in self.store.folder.iterdir() if path.suffix == ".safetensors")
-        return files / max(1, sum(len(ids) for _, ids in self._named()))
+        return files / sum(len(part.ids) for part in self.parts)
 
     def blocks(self, projection: Projection, held: Held) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield ids `[row]` and scores `[row, query]`, shard by shard, without what is deleted."""
-        for name, ids in self._named():
+        for name, ids in self._shards():
             alive = self._alive(ids)
             scores = projection.scores(self.store.view(name), held, len(ids))
             yield (ids, scores) if bool(alive.all()) else (ids[alive], scores[alive])
@@ -81,62 +103,22 @@ class StoredIndex:
             self.store.read(name)
 
     def _shards(self) -> Iterator[tuple[str, Tensor]]:
-        for name, ids in self._named():
-            yield name, ids[self._alive(ids)]
-
-    def _named(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield every shard of rows with the ids of all its rows."""
-        for part in range(parts(self.store)):
-            ids, first = self.store.view(about(part))[IDS], 0
-            for name in sorted(name for name in self.store.names if name.startswith(f"part-{part:04d}/rows-")):
-                first = int(name.rsplit("-", 1)[1])
-                yield name, ids[first : first + len(self.store.view(name)[NORM])]
+        """Yield every shard of rows with the ids of all its rows, deleted ones too."""
+        for number, part in enumerate(self.parts):
+            names = sorted(row_shards(self.store, number))
+            firsts = [int(name.rsplit("-", 1)[1]) for name in names]
+            yield from zip(names, part.ids.tensor_split(firsts[1:]), strict=True)
 
     def _alive(self, ids: Tensor) -> Tensor:
         return ~torch.isin(ids, self.deleted)
 
 
-def parts(store: ShardStore) -> int:
-    """Return the number of parts."""
-    return sum(name.endswith("/about") for name in store.names)
+def read_part(store: ShardStore, number: int) -> Part:
+    """Return what a part is of, whole or not."""
+    begun = store.read(about(number))
+    return Part(ids=begun[IDS], fingerprint=bytes(begun[FINGERPRINT].tolist()).hex())
 
 
-def deleted(store: ShardStore) -> Tensor:
-    """Return the ids that are deleted."""
-    return store.read(DELETED)[IDS] if DELETED in store.names else torch.zeros(0, dtype=torch.int64)
-
-
-def claim_part(store: ShardStore, ids: Sequence[int], fingerprint: str, *, append: bool, replace: bool) -> int:
-    """Return the number of the part for rows with these ids: one that was begun with them, or a new one; `replace` drops others.
-
-    Raises:
-        ConfigError: ids repeat, or some are in the index already; or the index is of other data and `append` is not said.
-    """
-    wanted = torch.tensor(list(ids), dtype=torch.int64)
-    if len(wanted.unique()) < len(wanted):
-        raise ConfigError("ids repeat: give every row of an index an id of its own.")
-    mark = torch.tensor(list(bytes.fromhex(fingerprint)), dtype=torch.uint8)
-    number = parts(store)
-    for part in range(number):
-        begun = store.read(about(part))
-        if torch.equal(begun[IDS], wanted) and torch.equal(begun[FINGERPRINT], mark):
-            return part
-    if number and not append and replace:
-        for name in store.names:
-            store.remove(name)
-        number = 0
-    if number and not append:
-        raise ConfigError(
-            f"{store.folder} indexes other rows. Append these to it, or call with overwrite=True to replace it, "
-            "or with name='...' to keep both."
-        )
-    gone = deleted(store)
-    for part in range(number):
-        there = store.read(about(part))[IDS]
-        both = wanted[torch.isin(wanted, there[~torch.isin(there, gone)])]
-        if len(both):
-            raise ConfigError(f"id {int(both[0])} and {len(both) - 1} more are in the index already; delete them first, or give other ids.")
-        if len(again := wanted[torch.isin(wanted, there)]):
-            raise ConfigError(f"id {int(again[0])} was deleted from the index and cannot be used again; give other ids.")
-    store.write(about(number), {IDS: wanted, FINGERPRINT: mark})
-    return number
+def row_shards(store: ShardStore, number: int) -> list[str]:
+    """Return the names of a part's shards of rows."""
+    return [name for name in store.names if name.startswith(f"part-{number:04d}/rows-")]

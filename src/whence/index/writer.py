@@ -1,8 +1,9 @@
 """One pass over training rows that leaves an index: shards of rows, found by example id, and safe against kills at any point.
 
 A part is one data set that was indexed or appended: a shard `part-0000/about` with the example ids `[row]` and the data's fingerprint,
-and shards `part-0000/rows-000000000` of whole blocks, named by the place of their first row. Each holds what the projection keeps,
-and `norm` `[row]`, the exact `|z|^2` of every row: its self-influence.
+shards `part-0000/rows-000000000` of whole blocks, named by the place of their first row, and last `part-0000/done` with the number of
+rows: a part without it does not exist for readers. Shards of rows hold what the projection keeps, `norm` `[row]`, each row's
+`g^T (H + d)^-1 g` of its whole gradient, its self-influence, and `reached` `[layer]`, whether any row gave the layer a gradient.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from whence.curvature.stored import Preconditioner
 from whence.index.projection import Projection, RowBatch
 from whence.runtime.progress import Stages
 from whence.scores.block import own_products
+from whence.scores.blocks import REACHED, reached
 from whence.storage.shards import ShardStore
 
-NORM, IDS, FINGERPRINT = "norm", "ids", "fingerprint"
+NORM, IDS, FINGERPRINT, COUNT = "norm", "ids", "fingerprint", "rows"
 SHARD_BYTES = 2**26
 """About how large a shard gets; a kill loses at most the rows of one."""
 
@@ -33,6 +35,11 @@ SHARD_BYTES = 2**26
 def about(part: int) -> str:
     """Return the name of the shard that says what a part is of."""
     return f"part-{part:04d}/about"
+
+
+def done(part: int) -> str:
+    """Return the name of the shard that says that a part is whole."""
+    return f"part-{part:04d}/done"
 
 
 def shard_ranges(rows: int, row_bytes: int) -> list[range]:
@@ -51,20 +58,23 @@ class IndexWriter:
     store: ShardStore
     stages: Stages
 
-    def write(self, rows: Rows, part: int, row_bytes: int) -> None:
-        """Write the shards of a part that are not there yet."""
-        shards = {f"part-{part:04d}/rows-{places.start:09d}": places for places in shard_ranges(len(rows), row_bytes)}
+    def write(self, rows: Rows, part: int) -> None:
+        """Write the shards of a part that are not there yet, and that it is whole."""
+        ranges = shard_ranges(len(rows), self.projection.row_bytes)
+        shards = {f"part-{part:04d}/rows-{places.start:09d}": places for places in ranges}
         left = {name: places for name, places in shards.items() if name not in self.store.names}
         with self.stages.stage("Index rows"), self.stages.track(len(rows), "Index rows") as advance:
             advance(len(rows) - sum(map(len, left.values())))
             for name, places in left.items():
                 self.store.write(name, self._shard(rows, places, advance))
+        if done(part) not in self.store.names:
+            self.store.write(done(part), {COUNT: torch.tensor(len(rows))})
 
     def _shard(self, rows: Rows, places: range, advance: Callable[[int], None]) -> dict[str, Tensor]:
         blocks = [range(first, min(first + BLOCK, places.stop)) for first in range(places.start, places.stop, BLOCK)]
         parts = [self._block(rows, block, advance) for block in blocks]
-        norms = torch.cat([part.pop(NORM) for part in parts])
-        return {**self.projection.join(parts, list(map(len, blocks))), NORM: norms}
+        norms, touched = torch.cat([part.pop(NORM) for part in parts]), torch.stack([part.pop(REACHED) for part in parts]).amax(0)
+        return {**self.projection.join(parts, list(map(len, blocks))), NORM: norms, REACHED: touched}
 
     def _block(self, rows: Rows, block: range, advance: Callable[[int], None]) -> dict[str, Tensor]:
         objective = loss_of(self.recorder.task)
@@ -79,10 +89,11 @@ class IndexWriter:
     def _rows(self, rows: Rows, block: range, advance: Callable[[int], None]) -> dict[str, Tensor]:
         batches = _Batches(self.projection)
         norms = torch.zeros(len(block), dtype=self.recorder.sums, device=rows.device)
-        budget = working_set(rows.device.type)
+        budget, touched = working_set(rows.device.type), set[str]()
 
         def consume(first: int, layer: TrackedLayer, gradient: LayerGradient) -> None:
             name = layer.name
+            touched.add(name)
             products = own_products(gradient, self.preconditioner.basis(name), self.preconditioner.weight(name), budget)
             norms[first : first + len(products)] += products
             batches.open.add(name, gradient)
@@ -96,7 +107,7 @@ class IndexWriter:
             advance,
             before=lambda batch: batches.begin(len(batch.ids)),
         )
-        return {**batches.joined(), NORM: norms.float().cpu()}
+        return {**batches.joined(), NORM: norms.float().cpu(), REACHED: reached(self.recorder.layers, touched)}
 
 
 class _Batches:

@@ -161,17 +161,18 @@ class ShardStore:
         except (OSError, safetensors.SafetensorError) as error:
             raise StorageError(f"cannot read {path}: {error}. Restore it, or make the folder {self.folder} anew.") from error
 
-    def remove(self, name: str) -> None:
-        """Remove a shard.
+    def remove(self, *names: str) -> None:
+        """Remove shards, all at once: a process killed anywhere leaves every one of them or none.
 
         Raises:
             StorageError: there is no such shard, the store is not open for writing, or the disk refuses.
         """
         self._require_writer()
-        shard = self._find(name)
-        shards = {other: entry for other, entry in self._manifest.shards.items() if other != name}
+        gone = {name: self._find(name) for name in names}
+        shards = {other: entry for other, entry in self._manifest.shards.items() if other not in gone}
         self._save(self._manifest._replace(shards=shards, complete=False, result={}))
-        self._unlink(name, shard)
+        for name, shard in gone.items():
+            self._unlink(name, shard)
 
     def finish(self, result: Mapping[str, Any] | None = None) -> None:
         """Mark the store complete and keep `result`, a JSON object, in the manifest.
