@@ -5,8 +5,9 @@
 
 Fits EKFAC, scores every query and row exactly, then makes indexes with every projection, type and size, and compares: Spearman's
 correlation per query, mean and least, before any exact scoring; recall@10, the share of the ten best rows by exact scores that
-are in the 5% best by the index, and so in its answer after exact scoring of these. Damping is a tenth of each layer's mean
-eigenvalue, the measurement the recipe's. Bytes per row are those of the shards on disk, everything counted.
+are among the candidates of `Index.query` at this end, the 2.5% best by the index, and so in its answer after exact scoring.
+Damping is a tenth of each layer's mean eigenvalue, the measurement the recipe's. Bytes per row are those of the shards on disk,
+everything counted.
 Writes results/index_fidelity_NAME.json.
 """
 
@@ -25,18 +26,19 @@ from support.common import environment, print_table, write_results
 from torch import Tensor
 
 from whence.attributor import Attributor
+from whence.index.index import candidates
 from whence.recipes.base import load_recipe
 
 PLANS = (("factors", "int8"), ("factors", "bfloat16"), ("pca", "int8"), ("pca", "float32"), ("kronecker", "int8"), ("sjlt", "int8"))
 KEEPS = ("1/1024", "1/256", "1/64", "1/16", "1/8")
-BEST, CANDIDATES = 10, 0.05
+BEST, RESCORED = 10, 0.05
 
 
 def recall(found: Tensor, exact: Tensor) -> float:
     """Return the share of the best rows by exact scores that are among the candidates by the index, mean over queries."""
-    count = max(BEST, round(CANDIDATES * exact.shape[1]))
-    best, candidates = exact.topk(BEST, dim=1).indices, found.topk(count, dim=1).indices
-    return float((best.unsqueeze(2) == candidates.unsqueeze(1)).any(2).double().mean())
+    best = exact.topk(BEST, dim=1).indices
+    rescored = found.topk(candidates(exact.shape[1], BEST, RESCORED), dim=1).indices
+    return float((best.unsqueeze(2) == rescored.unsqueeze(1)).any(2).double().mean())
 
 
 def measured(attributor: Attributor, train: Any, queries: Any, exact: Tensor, projection: str, dtype: str, keep: str) -> dict[str, Any]:

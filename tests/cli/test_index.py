@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import whence
 from commands import done, refused
-from finetuned import Place
+from finetuned import Place, opened
+from whence.errors import ConfigError
 
 MINE = "recipe.py:tiny"
 
@@ -38,6 +40,30 @@ def test_query_lists_the_rows_that_scores_list(run: Any, here: Path) -> None:
             expected = ranked(entry["query"], 3)
             assert [row["train"] for row in entry[side]] == [row for row, _ in expected]
             assert [row["score"] for row in entry[side]] == pytest.approx([score for _, score in expected], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("verb", "option", "value"),
+    [("index", "--damping", "much"), ("index", "--response", "soon"), ("index", "--name", "../up"), ("query", "--name", "../up")],
+)
+def test_options_are_looked_at_before_the_model(run: Any, verb: str, option: str, value: str) -> None:
+    assert value in refused(run, verb, "recipe.py:interrupted", option, value)
+
+
+def test_the_help_of_index_is_its_own(run: Any) -> None:
+    assert "over-run" not in run("index", "--help").out
+
+
+def test_rows_that_are_not_those_of_the_index_are_listed_without_text(run: Any, here: Path) -> None:
+    indexed(run)
+    index = whence.Index(None, here / "runs/tiny/index/ekfac")  # type: ignore[arg-type]
+    recipe = here / "recipe.py"
+    recipe.write_text(recipe.read_text().replace("rows(23, 1)", "rows(5, 3)"))
+    assert len(index) == 23
+    assert "not those that were indexed" in refused(run, "query", MINE)
+    entries = done(run, "query", MINE, "--rescore", "0", "--k", "23", "--json").data["queries"][0]["proponents"]
+    assert sorted(entry["train"] for entry in entries) == list(range(23))
+    assert {entry["text"] for entry in entries} == {None}
 
 
 def test_query_without_a_number_takes_the_first(run: Any) -> None:
@@ -79,9 +105,25 @@ def test_a_text_can_be_asked_about(run: Any, place: Place, name: str) -> None:
 
 
 @pytest.mark.usefixtures("offline_and_quick")
+def test_a_text_is_shown_with_the_class_that_is_read_in_it(place: Place) -> None:
+    pytest.importorskip("transformers")
+    recipe = opened("sst2", place.models / "sst2")
+    assert recipe.ask is not None
+    with torch.no_grad():
+        for label in (1, 0):
+            recipe.model.classifier.bias.copy_(torch.tensor([10.0, -10.0]) * (1 - 2 * label))
+            row = recipe.ask("the film is good")
+            assert (row["labels"], f"label: {label} " in row["text"]) == (label, True)
+    recipe.model.config.num_labels = 1
+    with pytest.raises(ConfigError, match="predicts a number"):
+        recipe.ask("the film is good")
+
+
+@pytest.mark.usefixtures("offline_and_quick")
 def test_texts_that_are_no_rows_are_refused(run: Any, place: Place) -> None:
     pytest.importorskip("transformers")
     done(run, "index", *place.options("swag"))
     assert "ask about its queries" in refused(run, "query", *place.options("swag"), "--text", "one text")
+    assert "several texts" in refused(run, "query", *place.options("swag"), "--text", "one text")
     done(run, "index", *place.options("wikitext"))
     assert "0 tokens" in refused(run, "query", *place.options("wikitext"), "--text", "")

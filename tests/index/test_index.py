@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import whence
 from cases import EMPIRICAL, STRATEGIES, case_named, watch
+from whence import indexing, workbench
 from whence.errors import ConfigError, DataError, MismatchError, StorageError
 from whence.index import writer
 from whence.index.factors import FactorRows
@@ -51,6 +52,45 @@ def test_whole_rows_give_the_scores_of_every_strategy(strategy: str, response: A
     attributor = fitted(strategy=strategy)
     index = attributor.index(ROWS, projection="none", keep=1, dtype="float32", response=response)
     close(index.scores(QUERIES), attributor.scores(QUERIES, ROWS, response=response).values)
+
+
+@pytest.mark.parametrize("projection", ["pca", "kronecker", "sjlt"])
+def test_embeddings_are_sketched(projection: str) -> None:
+    case = case_named("embedding")
+    train, queries = case.data()
+    attributor = case.attributor(case.model()).fit(train, empirical=True)
+    exact = attributor.scores(queries, train).values
+    found = torch.zeros_like(exact)
+    for attributor.seed in range(24):  # one sketch into a few numbers is mostly noise; their mean is not
+        found += attributor.index(train, projection=projection, keep=0.9, dtype="float32").scores(queries)
+    correlation = torch.corrcoef(torch.stack([found.flatten(), exact.flatten()]))[0, 1]
+    assert float(correlation) > 0.95
+
+
+@pytest.mark.parametrize("projection", ["none", "factors"])
+def test_queries_that_reach_no_layer_score_zero(projection: str) -> None:
+    index = fitted().index(ROWS, projection=projection, keep=1)
+    reached, _ = index._bench.index_queries(QUERIES, None, index.settings)
+    scores = torch.cat([scores for _, scores in index._stored.blocks(reached, reached.hold(3))])
+    assert torch.equal(scores, torch.zeros(len(ROWS), 3))
+
+
+def test_shards_are_as_large_as_rows_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "BLOCK", 4)
+    attributor = fitted()
+    numbers = sum(layer.parameters for layer in attributor._layers)
+    monkeypatch.setattr(writer, "SHARD_BYTES", 8 * numbers * 4)
+    index = attributor.index(ROWS, projection="none", dtype="float32")  # whatever `keep` says
+    assert sum("rows-" in name for name in index._stored.store.names) == 4
+
+
+def test_the_curvature_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    attributor, calls = fitted(), []
+    real = indexing.stored_curvature
+    for module in (indexing, workbench):
+        monkeypatch.setattr(module, "stored_curvature", lambda *arguments: calls.append(1) or real(*arguments))
+    attributor.index(ROWS, keep=0.5)
+    assert len(calls) == 1
 
 
 def test_batches_change_nothing() -> None:
@@ -179,7 +219,8 @@ def test_other_rows_and_other_settings_are_refused(tmp_path: Path) -> None:
         ({"dtype": "int4"}, "dtype='int4'"),
         ({"ids": [0] * 13}, "ids repeat"),
         ({"ids": [0, 1]}, "ids has 2 entries for 13 rows"),
-        ({"keep": 1e-4}, "keep=0.0001 leaves a row 0 bytes"),
+        ({"keep": 1e-4}, "keep=0.0001 leaves a row 0 bytes, and one triplet"),
+        ({"keep": 1e-2, "projection": "sjlt"}, "keep=0.01 leaves a row .* bytes, and one number of each layer, with its scale, takes 15"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], text: str) -> None:

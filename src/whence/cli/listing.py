@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,14 +14,21 @@ def text_of(found: Recipe, row: Any) -> str | None:
     return found.describe(row) if found.describe else None
 
 
-def row_entry(found: Recipe, train: int, value: float) -> dict[str, Any]:
-    """Return a training row in a list."""
-    return {"train": train, "score": value, "text": text_of(found, found.train[train])}
+def row_entry(found: Recipe, train: int, value: float, row_of: Callable[[int], Any] | None = None) -> dict[str, Any]:
+    """Return a training row in a list; without a text if it is not at hand."""
+    row = found.train[train] if row_of is None else row_of(train)
+    return {"train": train, "score": value, "text": None if row is None else text_of(found, row)}
 
 
-def query_entry(found: Recipe, query: int | None, text: str | None, sides: dict[str, list[tuple[int, float]]]) -> dict[str, Any]:
-    """Return a query with its (row, score) on each side."""
-    lists = {side: [row_entry(found, train, value) for train, value in rows] for side, rows in sides.items()}
+def query_entry(
+    found: Recipe,
+    query: int | None,
+    text: str | None,
+    sides: dict[str, list[tuple[int, float]]],
+    row_of: Callable[[int], Any] | None = None,
+) -> dict[str, Any]:
+    """Return a query with its (row, score) on each side; `row_of` gives a row by its id, None where it is not at hand."""
+    lists = {side: [row_entry(found, train, value, row_of) for train, value in rows] for side, rows in sides.items()}
     return {"query": query, "text": text, **lists}
 
 

@@ -158,14 +158,19 @@ class ResponseOptions:
 
 
 @dataclass(kw_only=True)
-class InverseOptions(ResponseOptions):
+class WeightOptions(ResponseOptions):
+    """What weight an eigen-direction gets, and what is added to its eigenvalue."""
+
+    damping: str = "auto"
+    """A number (absolute), auto, calibrated, relative:0.1 (of each layer's mean eigenvalue) or relative:0.1:model (of all layers' mean)."""
+
+
+@dataclass(kw_only=True)
+class InverseOptions(WeightOptions):
     """Which fitted curvature is inverted, and how."""
 
     strategy: Strategy | None = None
     """Form of the curvature; it must be fitted, except identity, which needs no fit. Default: ekfac; with --over-run identity."""
-
-    damping: str = "auto"
-    """A number (absolute), auto, calibrated, relative:0.1 (of each layer's mean eigenvalue) or relative:0.1:model (of all layers' mean)."""
 
 
 @dataclass(kw_only=True)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
-
 from whence.errors import ConfigError, DataError
+from whence.evaluate.baselines import only_looking
 from whence.recipes.family import Family
 from whence.recipes.rows import Row
 from whence.recipes.settings import DataSettings
@@ -23,12 +22,16 @@ def asker(family: Family, model: Any, tokenizer: Any, collate: Callable[[list[Ro
         if family.joins_rows:
             return _said(tokenizer, text, data)
         columns = data.columns or ()
-        if len(columns) != 1 or getattr(model.config, "num_labels", 1) < 2:
-            raise ConfigError(
-                f"a text alone is no row of recipe {family.name}, whose rows have {len(columns)} texts; ask about its queries."
-            )
-        (row,) = family.encode(tokenizer, model.config, [{columns[0]: text, str(data.label): 0}], data)
-        return {**row, "labels": _read(model, collate([row]))}
+        if len(columns) != 1:
+            raise ConfigError(f"a text alone is no row of recipe {family.name}, whose rows have several texts; ask about its queries.")
+        if model.config.num_labels < 2:
+            raise ConfigError(f"the model of recipe {family.name} predicts a number, and reads no class in a text; ask about its queries.")
+
+        def row(label: int) -> Row:
+            return family.encode(tokenizer, model.config, [{columns[0]: text, str(data.label): label}], data)[0]
+
+        # Made anew with the class that is read: what people read of a row names its class too.
+        return row(_read(model, collate([row(0)])))
 
     return ask
 
@@ -42,11 +45,7 @@ def _said(tokenizer: Any, text: str, data: DataSettings) -> Row:
 
 def _read(model: Any, batch: Mapping[str, Any]) -> int:
     """Return the class that the model reads in a row."""
-    device, training = next(model.parameters()).device, model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            logits = model(**{key: values.to(device) for key, values in batch.items() if key != "labels"}).logits
-    finally:
-        model.train(training)
+    device = next(model.parameters()).device
+    with only_looking(model, device):
+        logits = model(**{key: values.to(device) for key, values in batch.items() if key != "labels"}).logits
     return int(logits[0].argmax())

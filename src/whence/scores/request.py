@@ -82,13 +82,22 @@ class Ask:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        if self.name is not None and not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", self.name):
-            raise ConfigError(f"name={self.name!r} cannot name a folder; use letters, digits, '.', '_' and '-', as in 'my-scores'.")
+        check_name(self.name)
 
     @property
     def folder(self) -> str:
         """Name of the folder in the run folder."""
         return scores_folder(self.name, self.strategy, "direct" if self.solver is None else self.solver.name)
+
+
+def check_name(name: str | None) -> None:
+    """Refuse what cannot name a folder in the run folder.
+
+    Raises:
+        ConfigError: it has other characters, or begins with a dot.
+    """
+    if name is not None and not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", name):
+        raise ConfigError(f"name={name!r} cannot name a folder; use letters, digits, '.', '_' and '-', as in 'my-scores'.")
 
 
 def scores_folder(name: str | None, strategy: str, solver: str) -> str:
