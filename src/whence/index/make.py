@@ -45,5 +45,6 @@ def make_projection(
 def _check_size(settings: RowSettings, shapes: Mapping[str, tuple[int, int, int]], least: int, what: str) -> None:
     whole = 4 * sum(map(math.prod, shapes.values()))
     if (found := int(whole * settings.keep)) < least:
-        other = f"Give keep={least / whole:.2g} or more, or another projection." if least <= whole else "Give another projection."
+        enough = 1.05 * least / whole  # rounding to two digits must not lead below
+        other = f"Give keep={enough:.2g} or more, or another projection." if enough <= 1 else "Give another projection."
         raise ConfigError(f"keep={settings.keep:.3g} leaves a row {found} bytes, and {what} {least}. {other}")
