@@ -132,6 +132,12 @@ def test_append_writes_to_its_own_folder(tmp_path: Path) -> None:
     assert there.query(QUERIES, rescore=1.0).exact
 
 
+def test_the_same_rows_may_be_appended_under_other_ids() -> None:
+    index = fitted().index(ROWS[:5], **WHOLE)
+    index.append(ROWS[:5], ids=range(20, 25))
+    assert len(index.query(QUERIES, k=10, rescore=1.0).top()) == 10
+
+
 def test_append_never_erases_an_index() -> None:
     model = MLP.model()
     with torch.no_grad():

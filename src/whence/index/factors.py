@@ -159,8 +159,12 @@ class FactorBatch:
         costs = torch.cat([torch.full(t.values.shape[1:], self.projection.cost(name)) for name, t in self.found.items()])
         worth = torch.cat([t.values.double().square().cpu() / self.projection.cost(name) for name, t in self.found.items()], dim=1)
         order = torch.sort(worth, dim=1, descending=True, stable=True).indices
-        # The first that does not fit ends the row. Cheaper ones behind it might, but one by one, and for less than one triplet's bytes.
-        fits = costs[order].cumsum(1) <= self.projection.budget
+        costs = costs[order]
+        fits = torch.zeros_like(worth, dtype=torch.bool)
+        for _ in range(2):  # the second time for those that are cheaper than the first that did not fit
+            left = self.projection.budget - (costs * fits).sum(1, keepdim=True)
+            wanted = ~fits & (costs <= left)
+            fits |= wanted & ((costs * wanted).cumsum(1) <= left)
         kept = torch.zeros_like(worth, dtype=torch.bool).scatter_(1, order, fits) & (worth > 0)
         ranks = [t.values.shape[1] for t in self.found.values()]
         return dict(zip(self.found, kept.split(ranks, dim=1), strict=True))

@@ -174,6 +174,8 @@ class Index:
                 first = 0
                 for part in self._stored.parts:
                     places = range(first, first + len(part.ids))
+                    if int(part.ids[0]) in self._found:  # the same content may have been appended under other ids
+                        continue
                     if places.stop <= len(rows) and fingerprint_rows(Subset(rows, places)) == part.fingerprint:
                         self._found |= {example: (rows, place) for example, place in zip(part.ids.tolist(), places, strict=True)}
                         first = places.stop
