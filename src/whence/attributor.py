@@ -251,9 +251,8 @@ class Attributor(IndexBench):
         Args:
             train: rows that the model was trained on.
             projection, keep, dtype: what is kept of a gradient, and in how many bytes; see `whence.index.projection.RowSettings`.
-            strategy, damping, response, batch_size, name, overwrite: as of `scores`, and so are the errors. `overwrite` also starts
-                again where rows were appended or deleted.
-            ids: whole numbers that rows are found by; by default their places.
+            strategy, damping, response, batch_size, name, overwrite: as of `scores`, and so are the errors.
+            ids: whole numbers that rows are found by; by default their places. `overwrite` also drops appended rows and deletions.
         """
         made = RowSettings(projection=projection, keep=keep, dtype=dtype, seed=self.seed)
         rows = self._rows(train, "training", None, batch_size)
