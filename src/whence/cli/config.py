@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import yaml
 from cyclopts.config import Dict
@@ -10,8 +12,8 @@ from cyclopts.config import Dict
 from whence.errors import ConfigError
 
 
-def read_config(path: Path) -> Dict:
-    """Read a YAML file of options, as the parser takes them; the parser reports keys that the verb does not have.
+def read_config(path: Path, verbs: Iterable[str]) -> Dict:
+    """Read a YAML file of options for any of the verbs, as the parser takes them; it reports keys that the verb does not have.
 
     Raises:
         ConfigError: no such file, no valid YAML, or no mapping at its top level.
@@ -28,4 +30,12 @@ def read_config(path: Path) -> Dict:
         options = {}
     if not isinstance(options, dict) or not all(isinstance(key, str) for key in options):
         raise ConfigError(f"--config {path} holds a {type(options).__name__}; write one `option: value` per line, with names as keys.")
-    return Dict(options, use_commands_as_keys=False, source=str(path))
+    # Under every verb, and not flat: from a flat mapping the parser drops what is named as a verb is, such as the option query.
+    tree: dict[str, Any] = {}
+    for verb in verbs:
+        *groups, last = verb.split()
+        place = tree
+        for group in groups:
+            place = place.setdefault(group, {})
+        place[last] = options
+    return Dict(tree, source=str(path))

@@ -108,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             debug: Show the traceback of an error.
         """
         if config is not None:
-            app.config = (read_config(config),)
+            app.config = (read_config(config, VERBS),)
         return app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
 
     try:
