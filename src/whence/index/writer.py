@@ -24,7 +24,7 @@ from whence.curvature.stored import Preconditioner
 from whence.index.projection import Projection, RowBatch
 from whence.runtime.progress import Stages
 from whence.scores.block import own_products
-from whence.scores.blocks import REACHED, reached
+from whence.scores.blocks import REACHED, reached, write_missing
 from whence.storage.shards import ShardStore
 
 NORM, IDS, FINGERPRINT, COUNT = "norm", "ids", "fingerprint", "rows"
@@ -62,11 +62,7 @@ class IndexWriter:
         """Write the shards of a part that are not there yet, and that it is whole."""
         ranges = shard_ranges(len(rows), self.projection.row_bytes)
         shards = {f"part-{part:04d}/rows-{places.start:09d}": places for places in ranges}
-        left = {name: places for name, places in shards.items() if name not in self.store.names}
-        with self.stages.stage("Index rows"), self.stages.track(len(rows), "Index rows") as advance:
-            advance(len(rows) - sum(map(len, left.values())))
-            for name, places in left.items():
-                self.store.write(name, self._shard(rows, places, advance))
+        write_missing(self.store, shards, self.stages, "Index rows", partial(self._shard, rows))
         if done(part) not in self.store.names:
             self.store.write(done(part), {COUNT: torch.tensor(len(rows))})
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -34,11 +34,23 @@ def write_blocks(
     compute: Callable[[range, Callable[[int], None]], dict[str, Tensor]],
 ) -> None:
     """Compute and write the missing blocks; `compute(block, advance)` returns a block's tensors."""
-    left = missing_blocks(store, rows)
-    with stages.stage(stage), stages.track(len(rows), stage) as advance:
-        advance(len(rows) - sum(map(len, left.values())))
-        for name, block in left.items():
-            store.write(name, compute(block, advance))
+    write_missing(store, block_names(rows), stages, stage, compute)
+
+
+def write_missing(
+    store: ShardStore,
+    shards: Mapping[str, range],
+    stages: Stages,
+    stage: str,
+    compute: Callable[[range, Callable[[int], None]], dict[str, Tensor]],
+) -> None:
+    """Compute and write the shards that the store does not hold, given the places of their rows; else as `write_blocks`."""
+    left = {name: places for name, places in shards.items() if name not in store.names}
+    rows = sum(map(len, shards.values()))
+    with stages.stage(stage), stages.track(rows, stage) as advance:
+        advance(rows - sum(map(len, left.values())))
+        for name, places in left.items():
+            store.write(name, compute(places, advance))
 
 
 def reached(layers: Iterable[TrackedLayer], names: set[str]) -> Tensor:
