@@ -103,7 +103,7 @@ class IndexBench(Workbench):
                     lambda result: result[1],
                     lambda: raise_not_finite_anywhere(ready.recorder, rows, measurement_of(self.task), "Query gradients"),
                 )
-            return ready.projection, held
+            return ready.projection, ready.projection.settle(held)
 
     def index_exact(self, queries: Any, query_rows: Sequence[int] | None, rows: list[Any], settings: Mapping[str, Any]) -> Tensor:
         """Return exact scores `[query, row]`; nothing is stored."""

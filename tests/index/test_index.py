@@ -72,7 +72,7 @@ def test_embeddings_are_sketched(projection: str) -> None:
 def test_queries_that_reach_no_layer_score_zero(projection: str) -> None:
     index = fitted().index(ROWS, projection=projection, keep=1)
     reached, _ = index._bench.index_queries(QUERIES, None, index.settings)
-    scores = torch.cat([scores for _, scores in index._stored.blocks(reached, reached.hold(3))])
+    scores = torch.cat([scores for _, scores in index._stored.blocks(reached, reached.settle(reached.hold(3)))])
     assert torch.equal(scores, torch.zeros(len(ROWS), 3))
 
 
@@ -101,7 +101,7 @@ def test_batches_change_nothing() -> None:
 
 
 @pytest.mark.parametrize("projection", ["factors", "pca", "kronecker", "sjlt"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
 def test_rows_keep_to_their_bytes(projection: str, dtype: str) -> None:
     attributor = fitted()
     keep = 0.25
@@ -117,7 +117,7 @@ def test_rows_keep_to_their_bytes(projection: str, dtype: str) -> None:
     assert 0.3 * keep * 4 * numbers * len(ROWS) < kept <= keep * 4 * numbers * len(ROWS)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-6), ("bfloat16", 2e-2), ("int8", 2e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-6), ("bfloat16", 2e-2), ("int8", 2e-2), ("int4", 0.15)])
 def test_rounding_is_as_small_as_the_type_allows(dtype: str, tolerance: float) -> None:
     attributor = fitted()
     exact = attributor.scores(QUERIES, ROWS).values

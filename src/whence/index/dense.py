@@ -15,7 +15,7 @@ from whence.capture.contract import working_set
 from whence.capture.pair import Basis, LayerGradient
 from whence.errors import ConfigError
 from whence.index.balance import Balance
-from whence.index.encoding import BYTES, encode
+from whence.index.encoding import decode, encode, numbers_in, vector_bytes
 from whence.index.projection import Kind, RowSettings, Tensors
 
 VALUES, SCALES = "values", "scales"
@@ -124,7 +124,7 @@ class DenseRows:
     @property
     def row_bytes(self) -> int:
         """Bytes of a row."""
-        return sum(part.size * BYTES[self.settings.dtype] + _SCALE_BYTES for part in self.parts.values())
+        return sum(vector_bytes(part.size, self.settings.dtype) + _SCALE_BYTES for part in self.parts.values())
 
     def hold(self, queries: int) -> Tensor:
         """Return the queries' numbers `[query, number]`, all zero."""
@@ -135,20 +135,30 @@ class DenseRows:
         start = sum(part.size for part in itertools.takewhile(lambda part: part is not self.parts[layer], self.parts.values()))
         held[first : first + len(values), start : start + self.parts[layer].size] = self.parts[layer].of_queries(values)
 
+    def settle(self, held: Tensor) -> Tensor:
+        """Return the queries as they are."""
+        return held
+
     def scores(self, rows: Tensors, held: Tensor, examples: int) -> Tensor:
         """Return products of rows with queries."""
-        sizes = [part.size for part in self.parts.values()]
-        values, scales = rows[VALUES], rows[SCALES]
-        repeats = torch.tensor(sizes)
-        result = torch.empty(examples, len(held))
-        chunk = max(1, _CHUNK_NUMBERS // max(1, values.shape[1]))
+        result = torch.zeros(examples, len(held))
+        chunk = max(1, _CHUNK_NUMBERS // max(1, held.shape[1]))
         for start in range(0, examples, chunk):
             some = slice(start, start + chunk)
-            decoded = values[some].float()
-            if self.settings.dtype == "int8":
-                decoded *= scales[some].repeat_interleave(repeats, dim=1)
-            torch.mm(decoded, held.mT, out=result[some])
+            torch.mm(self.numbers(rows, some), held.mT, out=result[some])
         return result
+
+    def numbers(self, rows: Tensors, some: slice = slice(None)) -> Tensor:
+        """Return stored rows as float32 `[row, number]`."""
+        dtype, sizes = self.settings.dtype, [part.size for part in self.parts.values()]
+        values, scales = rows[VALUES][some], rows[SCALES][some]
+        if not dtype.startswith("int"):
+            return values.float()
+        parts = values.split([vector_bytes(size, dtype) for size in sizes], dim=1)
+        return torch.cat(
+            [decode(part, dtype, size).mul_(scale) for part, size, scale in zip(parts, sizes, scales.split(1, dim=1), strict=True)],
+            dim=1,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +184,7 @@ class DenseBatch:
 
 def least_bytes(shapes: Mapping[str, tuple[int, int, int]], settings: RowSettings) -> int:
     """Return the bytes of a row that has one number of each layer."""
-    return len(shapes) * (BYTES[settings.dtype] + _SCALE_BYTES)
+    return len(shapes) * (vector_bytes(1, settings.dtype) + _SCALE_BYTES)
 
 
 def dense_rows(
@@ -187,7 +197,7 @@ def dense_rows(
     """Share a row's bytes among the layers by their sizes, and make each layer's part."""
     total = sum(map(math.prod, shapes.values()))
     scales = _SCALE_BYTES * len(shapes)
-    share = max(0.0, 4 * total * settings.keep - scales) / BYTES[settings.dtype] / total
+    share = numbers_in(max(0, int(4 * total * settings.keep) - scales), settings.dtype) / total
     parts: dict[str, Part] = {}
     for number, (name, shape) in enumerate(shapes.items()):
         generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + number)

@@ -24,9 +24,12 @@ from torch import Tensor
 from whence.capture.contract import working_set
 from whence.capture.pair import LayerGradient, Pair
 from whence.index.balance import Balance
-from whence.index.encoding import BYTES, encode
+from whence.index.encoding import decode, encode, vector_bytes
 from whence.index.projection import RowSettings, Tensors
+from whence.index.sides import Sides, two_sides
 
+_CHUNK_NUMBERS = 2**19
+"""Numbers that are decoded at a time when rows meet queries: 2 MiB, which stay in the processor's cache."""
 _OVERHEAD = 8
 """Bytes of a triplet beside its vectors: its scale and its row."""
 
@@ -42,10 +45,18 @@ class Triplets:
 
 @dataclass(frozen=True, kw_only=True)
 class HeldMatrices:
-    """So many queries, and the `matrices` `[query, out, in]` of the layers that one of them reaches."""
+    """So many queries while they come in, and the `matrices` `[query, out, in]` of the layers that one of them reaches."""
 
     queries: int
     matrices: dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldSides:
+    """So many queries, and their matrices as products, of the layers that one of them reaches."""
+
+    queries: int
+    sides: dict[str, Sides]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +79,7 @@ class FactorRows:
 
     def cost(self, layer: str) -> int:
         """Bytes of one triplet of a layer."""
-        return BYTES[self.settings.dtype] * sum(_matrix(self.shapes[layer])) + _OVERHEAD
+        return sum(vector_bytes(side, self.settings.dtype) for side in _matrix(self.shapes[layer])) + _OVERHEAD
 
     def most(self, layer: str) -> int:
         """Triplets that a row may have of one layer: as many as its bytes hold, but four times and one more than an even share at most."""
@@ -100,18 +111,32 @@ class FactorRows:
             held.matrices[layer] = torch.zeros(held.queries, *_matrix(self.shapes[layer]))
         held.matrices[layer][first : first + len(values)] = values.reshape(len(values), *_matrix(self.shapes[layer]))
 
-    def scores(self, rows: Tensors, held: HeldMatrices, examples: int) -> Tensor:
+    def settle(self, held: HeldMatrices) -> HeldSides:
+        """Return the queries as products of few vectors, layer by layer."""
+        return HeldSides(queries=held.queries, sides={name: two_sides(held.matrices.pop(name)) for name in list(held.matrices)})
+
+    def scores(self, rows: Tensors, held: HeldSides, examples: int) -> Tensor:
         """Return products of rows with queries."""
         result = torch.zeros(examples, held.queries)
         for number, name in enumerate(self.shapes):
-            if name not in held.matrices or not len(rows[f"{number}/row"]):
-                continue
-            left, right = rows[f"{number}/left"].float(), rows[f"{number}/right"].float()
-            places, scale = rows[f"{number}/row"].long(), rows[f"{number}/scale"]
-            for query, matrix in enumerate(held.matrices[name]):
-                products = ((right @ matrix.T) * left).sum(1) * scale
-                result[:, query].index_add_(0, places, products)
+            if name in held.sides:
+                triplets = {key: rows[f"{number}/{key}"] for key in ("left", "right", "scale", "row")}
+                self._meet(triplets, held.sides[name], result)
         return result
+
+    def _meet(self, triplets: Tensors, sides: Sides, result: Tensor) -> None:
+        """Add a layer's products to scores `[row, query]`."""
+        outputs, inputs = sides.outputs.shape[-1], sides.inputs.shape[-1]
+        left, right = sides.outputs.flatten(0, 1).mT, sides.inputs.flatten(0, 1).mT
+        queries, rank, _ = sides.outputs.shape
+        step = max(1, _CHUNK_NUMBERS // max(inputs, outputs, queries * rank))
+        for start in range(0, len(triplets["row"]), step):
+            some = slice(start, start + step)
+            products = decode(triplets["right"][some], self.settings.dtype, inputs) @ right
+            products *= decode(triplets["left"][some], self.settings.dtype, outputs) @ left
+            scores = products.unflatten(1, (queries, rank)).sum(2) if rank > 1 else products
+            scores *= triplets["scale"][some, None]
+            result.index_add_(0, triplets["row"][some], scores)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from whence.index.encoding import Dtype, check_dtype
 Kind = Literal["factors", "pca", "kronecker", "sjlt", "none"]
 Tensors = Mapping[str, Tensor]
 Held = Any
-"""Queries in the form that a projection meets its rows with; only the projection looks inside."""
+"""Queries in a form of the projection's own; nobody else looks inside."""
 
 
 class RowBatch(Protocol):
@@ -52,6 +52,10 @@ class Projection(Protocol):
 
     def fill(self, held: Held, layer: str, first: int, values: Tensor) -> None:
         """Take a layer's P `[query, group, out, in]` of the queries from `first` on."""
+        ...
+
+    def settle(self, held: Held) -> Held:
+        """Return the queries, all of which have come in, in the form in which rows meet them."""
         ...
 
     def scores(self, rows: Tensors, held: Held, examples: int) -> Tensor:
