@@ -227,7 +227,7 @@ def test_other_rows_and_other_settings_are_refused(tmp_path: Path) -> None:
         ({"projection": "best"}, "projection='best'"),
         ({"keep": 0}, "keep=0"),
         ({"keep": 1.5}, "keep=1.5"),
-        ({"dtype": "int4"}, "dtype='int4'"),
+        ({"dtype": "int3"}, "dtype='int3'"),
         ({"ids": [0] * 13}, "ids repeat"),
         ({"ids": [0, 1]}, "ids has 2 entries for 13 rows"),
         ({"keep": 1e-4}, "keep=0.0001 leaves a row 0 bytes, and one triplet"),
