@@ -33,6 +33,7 @@ ORDER = [
     "checkpoints",
     "attributor",
     "indexing",
+    "tokenwise",
     "plan",
     "workbench",
     "recipes",

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -30,9 +29,10 @@ from whence.index.writer import IndexWriter
 from whence.scores.blocks import block_names
 from whence.scores.matrix import TOTAL
 from whence.scores.request import Ask
+from whence.scores.tokens import TokenScores
 from whence.storage.settings import differences, plain_json
-from whence.storage.shards import ShardStore
-from whence.workbench import Workbench
+from whence.storage.shards import ShardStore, temporary_store
+from whence.tokenwise import TokenBench
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class _Ready:
     data: Mapping[str, str]
 
 
-class IndexBench(Workbench):
+class IndexBench(TokenBench):
     """What an `Index` asks of a model."""
 
     def write_index(self, rows: Rows, ids: Sequence[int], ask: Ask, made: RowSettings) -> Path:
@@ -89,12 +89,7 @@ class IndexBench(Workbench):
         rows = self._rows(queries, "query", query_rows, "auto", "query_batch_size")
         spectrum, made = Spectrum.from_json(settings["spectrum"]), RowSettings(**settings["rows"])
         with self._ready(rows, settings["strategy"], spectrum, made, queries=queries) as ready:
-            found = list(differences(plain_json(settings, "settings"), plain_json(ready.settings, "settings")))
-            if found:
-                shown = "; ".join(f"{field}: of the index {old}, of this model {new}" for field, old, new in found[:3])
-                raise MismatchError(
-                    f"the index was made with another model or curvature: {shown}. Open the one that it is of, or index again."
-                )
+            _refuse_another(settings, ready.settings)
             with self.stages.stage("Query gradients"):
                 held, _ = finished(
                     ready.recorder,
@@ -110,13 +105,24 @@ class IndexBench(Workbench):
         ask = Ask(strategy=settings["strategy"], spectrum=Spectrum.from_json(settings["spectrum"]))
         train = self._rows(rows, "training", None, "auto")
         asked = self._rows(queries, "query", query_rows, "auto", "query_batch_size")
-        with (
-            self._session(train) as (recorder, seen),
-            TemporaryDirectory() as folder,
-            ShardStore(folder, kind="scores", settings=seen.identity) as store,
-        ):
+        with self._session(train) as (recorder, seen), temporary_store("scores", seen.identity) as store:
             self._pairwise(recorder, self._factors(ask.strategy, seen), ask, store, train).run(asked, train)
             return torch.cat([store.read(name)[TOTAL] for name in block_names(train)], dim=1)
+
+    def index_tokens(self, queries: Any, query_rows: Sequence[int] | None, rows: list[Any], settings: Mapping[str, Any]) -> TokenScores:
+        """Return the scores of rows by token on both sides; nothing is stored.
+
+        Raises:
+            MismatchError: as of `index_queries`.
+        """
+        train = self._rows(rows, "training", None, "auto")
+        asked = self._rows(queries, "query", query_rows, "auto", "query_batch_size")
+        with self._session(train, queries=queries) as (recorder, seen):
+            factors = self._factors(settings["strategy"], seen)
+            present = {"factors": self._fitted(factors, seen), **seen.identity}
+            _refuse_another({name: value for name, value in settings.items() if name in present}, present)
+            weighed = self._preconditioner(factors, Spectrum.from_json(settings["spectrum"]))
+            return self._by_token(recorder, weighed, seen, asked, train)
 
     @contextmanager
     def _ready(self, rows: Rows, strategy: str, spectrum: Spectrum, made: RowSettings, **datasets: Any) -> Iterator[_Ready]:
@@ -128,7 +134,6 @@ class IndexBench(Workbench):
             balances = {layer.name: balance(weighed.basis(layer.name), weighed.weight(layer.name), like) for layer in recorder.taken}
             shapes = {layer.name: layer.shape for layer in recorder.taken}
             one_hot = {layer.name for layer in recorder.taken if any(site.handler.one_hot for site in layer.sites)}
-            fitted = {} if factors is None else {key: value for key, value in factors.settings.items() if key not in seen.identity}
             yield _Ready(
                 recorder=recorder,
                 preconditioner=weighed,
@@ -138,7 +143,7 @@ class IndexBench(Workbench):
                     "strategy": strategy,
                     "spectrum": spectrum.to_json(),
                     "rows": made.to_json(),
-                    "factors": fitted,
+                    "factors": self._fitted(factors, seen),
                     **seen.identity,
                 },
                 data=seen.data,
@@ -153,6 +158,14 @@ class IndexBench(Workbench):
             weights = weighed.weight(name)
             energies[name] = None if layer.eigenvalues is None or weights is None else layer.eigenvalues.to(weights) * weights
         return weighed, energies
+
+
+def _refuse_another(settings: Mapping[str, Any], present: Mapping[str, Any]) -> None:
+    """Refuse an index of another model or curvature than the present one, by the names of what differs."""
+    found = list(differences(plain_json(settings, "settings"), plain_json(present, "settings")))
+    if found:
+        shown = "; ".join(f"{field}: of the index {old}, of this model {new}" for field, old, new in found[:3])
+        raise MismatchError(f"the index was made with another model or curvature: {shown}. Open the one that it is of, or index again.")
 
 
 def _held(ready: _Ready, rows: Rows) -> tuple[Held, bool]:

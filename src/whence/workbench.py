@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
@@ -43,7 +42,7 @@ from whence.scores.pairwise import Pairwise
 from whence.scores.request import Ask, Request
 from whence.scores.self_influence import On, SelfInfluence
 from whence.storage.run import RunFolder, fingerprint_tensors
-from whence.storage.shards import ShardStore
+from whence.storage.shards import ShardStore, temporary_store
 from whence.tasks import Task, check_model_and_task
 
 Size = int | Literal["auto"]
@@ -129,11 +128,7 @@ class Workbench:
         rows = self._rows(queries, "query", query_rows, query_batch_size, "query_batch_size")
         whole = self._rows(train, "training", None, "auto")
         plain = Ask(strategy="identity", spectrum=Spectrum(damping=0.0))
-        with (
-            self._session(whole, queries=queries) as (recorder, seen),
-            TemporaryDirectory() as folder,
-            ShardStore(folder, kind="scores", settings=seen.identity) as store,
-        ):
+        with self._session(whole, queries=queries) as (recorder, seen), temporary_store("scores", seen.identity) as store:
             return self._pairwise(recorder, None, plain, store, whole).plain_gradients(rows, len(whole))
 
     def segment_scores(
@@ -275,8 +270,12 @@ class Workbench:
         return stored
 
     def _score_settings(self, ask: Ask, seen: Survey, factors: ShardStore | None) -> dict[str, Any]:
-        fitted = {} if factors is None else {k: v for k, v in factors.settings.items() if k not in seen.identity}
+        fitted = self._fitted(factors, seen)
         return {"strategy": ask.strategy, **ask.spectrum.to_json(), **seen.identity, "factors": fitted, **seen.data, **ask.asked}
+
+    def _fitted(self, factors: ShardStore | None, seen: Survey) -> dict[str, Any]:
+        """Return how the factors were fitted, beside the model and the task."""
+        return {} if factors is None else {key: value for key, value in factors.settings.items() if key not in seen.identity}
 
     def _preconditioner(self, factors: ShardStore | None, spectrum: Spectrum) -> Preconditioner:
         return self._weighed(stored_curvature(factors, self._layers), spectrum)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,11 +11,13 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from whence.errors import ConfigError, MismatchError
+from whence.index.answer import Answer
 from whence.index.claim import checked_ids
 from whence.index.projection import Held, Projection
-from whence.index.search import Best, both_ends
+from whence.index.search import both_ends
 from whence.index.stored import DELETED, StoredIndex
 from whence.index.writer import IDS
+from whence.scores.tokens import TokenScores
 from whence.storage.fingerprints import fingerprint_rows
 from whence.storage.shards import ShardStore
 
@@ -32,35 +33,13 @@ class Bench(Protocol):
         """Return exact scores `[query, row]` of rows."""
         ...
 
+    def index_tokens(self, queries: Any, query_rows: Sequence[int] | None, rows: list[Any], settings: Mapping[str, Any]) -> TokenScores:
+        """Return exact scores of rows by token, on both sides."""
+        ...
+
     def index_append(self, folder: Path, rows: Any, ids: Sequence[int]) -> None:
         """Add rows to an index."""
         ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class Answer:
-    """Rows that queries' behaviour comes from: `proponents` pushed the measurement down, `opponents` up; best first.
-
-    `exact`: the scores are those of `Attributor.scores`, not the index's own.
-    """
-
-    proponents: Best
-    opponents: Best
-    exact: bool
-
-    def top(self, query: int = 0) -> list[tuple[int, float]]:
-        """Return (example id, score) of a query's strongest proponents."""
-        return _pairs(self.proponents, query)
-
-    def bottom(self, query: int = 0) -> list[tuple[int, float]]:
-        """Return (example id, score) of a query's strongest opponents."""
-        return _pairs(self.opponents, query)
-
-
-def _pairs(found: Best, query: int) -> list[tuple[int, float]]:
-    if not -len(found.ids) <= query < len(found.ids):
-        raise ConfigError(f"query={query} does not exist: there are {len(found.ids)} queries, numbered 0 to {len(found.ids) - 1}.")
-    return list(zip(found.ids[query].tolist(), found.values[query].tolist(), strict=True))
 
 
 def candidates(rows: int, k: int, rescore: float) -> int:
@@ -145,16 +124,41 @@ class Index:
         if not rescore:
             return Answer(proponents=top, opponents=bottom, exact=False)
         ids = self.ids if rescore == 1 else torch.cat([top.ids, bottom.ids], dim=1).unique()
-        unknown = [example for example in ids.tolist() if example not in self._places]
-        if unknown:
-            raise MismatchError(
-                f"the training rows at hand are not those that were indexed (no example {unknown[0]} among them). "
-                "Give the rows that were indexed, followed by those that were appended, or say rescore=0."
-            )
-        rows = [self.row(example) for example in ids.tolist()]
+        rows = self._at_hand(ids.tolist(), "or say rescore=0")
         exact = self._bench.index_exact(queries, query_rows, rows, self.settings)
         high, low = both_ends([(ids, exact.T)], min(k, len(ids)))
         return Answer(proponents=high, opponents=low, exact=True)
+
+    def explain(self, queries: Any, ids: Sequence[int], *, query_rows: Sequence[int] | None = None) -> TokenScores:
+        """Say which tokens of training rows, and which tokens of the queries, their scores come from; needs `train`.
+
+        The scores are exact, whatever the index keeps of a row. `ids` are a few, such as those of an answer.
+
+        Args:
+            queries, query_rows: as of `query`.
+            ids: example ids, the order of `[row]` in the result.
+
+        Raises:
+            ConfigError: no id, one that is not in the index, no `train`, or a model without tokens.
+            MismatchError, DataError: as of `query`.
+        """
+        wanted = checked_ids(ids)
+        unknown = [example for example in wanted if example not in set(self.ids.tolist())]
+        if not wanted or unknown:
+            raise ConfigError(f"ids={list(ids)}: {f'{unknown[0]} is not in the index' if unknown else 'there is none'}. Give ids of rows.")
+        if not self._rows:
+            raise ConfigError("explain needs the training rows: open the index with train=...")
+        return self._bench.index_tokens(queries, query_rows, self._at_hand(wanted), self.settings)
+
+    def _at_hand(self, ids: Sequence[int], otherwise: str = "") -> list[Any]:
+        """Return the rows with these ids."""
+        unknown = [example for example in ids if example not in self._places]
+        if unknown:
+            raise MismatchError(
+                f"the training rows at hand are not those that were indexed (no example {unknown[0]} among them). "
+                f"Give the rows that were indexed, followed by those that were appended{otherwise and f', {otherwise}'}."
+            )
+        return [self.row(example) for example in ids]
 
     def row(self, example: int) -> Any:
         """Return the training row with an example id; None if it is not among the rows at hand."""

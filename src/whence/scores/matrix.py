@@ -30,10 +30,10 @@ def sum_or_join(parts: list[Tensor], *, summed: bool) -> Tensor:
     return torch.stack(parts).sum(0) if summed else torch.cat(parts, dim=1)
 
 
-def _padded(parts: list[Tensor]) -> Tensor:
+def padded(parts: list[Tensor], dim: int = 1) -> Tensor:
     """Join `[query, row, token]` of blocks whose longest rows differ."""
     longest = max(part.shape[2] for part in parts)
-    return torch.cat([F.pad(part, (0, longest - part.shape[2])) for part in parts], dim=1)
+    return torch.cat([F.pad(part, (0, longest - part.shape[2])) for part in parts], dim=dim)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +170,7 @@ class Scores:
         return cls(
             values=joined[TOTAL],
             per_layer={name: joined[key] for key in keys if key != TOTAL and (name := key.split("/", 2)[2]) not in silent},
-            per_token=_padded([shard[TOKENS] for shard in shards]) if TOKENS in shards[0] else None,
+            per_token=padded([shard[TOKENS] for shard in shards]) if TOKENS in shards[0] else None,
             query_rows=settings.get("query rows"),
             train_rows=settings.get("train rows"),
             trained_rows=settings.get("trained rows"),

@@ -22,7 +22,7 @@ from whence.capture.passes import (
     raise_not_finite_anywhere,
     run_block,
 )
-from whence.capture.recorder import Recorder
+from whence.capture.recorder import ObjectiveOf, Recorder
 from whence.capture.tracking import TrackedLayer
 from whence.curvature.stored import Preconditioner
 from whence.runtime.progress import Stages
@@ -32,8 +32,21 @@ from whence.scores.queries import DenseQueries, Holding, Resident
 from whence.scores.request import Request
 from whence.scores.resident import make_resident
 from whence.storage.shards import ShardStore
+from whence.tasks import Task
 
 Residents = dict[str, Resident]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """One side of the scores: what its gradients are of, and their name in the table of stages."""
+
+    objective: Callable[[Task], ObjectiveOf]
+    stage: str
+
+
+QUERY_SIDE = Side(objective=measurement_of, stage="Query gradients")
+TRAIN_SIDE = Side(objective=loss_of, stage="Training gradients")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +67,11 @@ class Solver(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Pairwise:
-    """Scores `[query, train]`. A `solver` takes the queries' plain gradients and gives what the curvature would have made of them."""
+    """Scores `[query, train]`. A `solver` takes the queries' plain gradients and gives what the curvature would have made of them.
+
+    The curvature is symmetric, so either side can be held while the other passes: `exchanged` gives `[train, query]`, and with
+    `per_token` the parts of the queries' tokens.
+    """
 
     recorder: Recorder
     preconditioner: Preconditioner
@@ -63,17 +80,23 @@ class Pairwise:
     stages: Stages
     solver: Solver | None = None
     plain: bool = False
+    held: Side = QUERY_SIDE
+    passed: Side = TRAIN_SIDE
+
+    def exchanged(self) -> Pairwise:
+        """Return the same with training rows held, and queries passed by them."""
+        return replace(self, held=self.passed, passed=self.held)
 
     def run(self, queries: Rows, train: Rows) -> None:
         """Write one shard of scores per block of training rows; blocks that are there already are not repeated."""
         if not missing_blocks(self.store, train):
             return
         if self.solver is not None:
-            with self.stages.stage("Query gradients"):
+            with self.stages.stage(self.held.stage):
                 gradients = self.plain_gradients(queries, len(train))
             held = self._dense(self.solver.solve(gradients))
         else:
-            with self.stages.stage("Query gradients"):
+            with self.stages.stage(self.held.stage):
                 held = self.prepare(queries, len(train))
         self.meet(held, train)
 
@@ -105,7 +128,7 @@ class Pairwise:
             queries,
             partial(self._prepare, queries, train),
             lambda held: all(resident.finite() for resident in held.residents.values()),
-            lambda: raise_not_finite_anywhere(self.recorder, queries, measurement_of(self.recorder.task), "Query gradients"),
+            lambda: raise_not_finite_anywhere(self.recorder, queries, self.held.objective(self.recorder.task), self.held.stage),
         )
 
     def _prepare(self, queries: Rows, train: int) -> Queries:
@@ -133,9 +156,9 @@ class Pairwise:
                 residents[name] = make_resident(gradient, basis, weights, holding)
             residents[name].fill(first, gradient)
 
-        with self.stages.track(len(queries), "Query gradients") as advance:
+        with self.stages.track(len(queries), self.held.stage) as advance:
             for block in queries.blocks():
-                objective = measurement_of(self.recorder.task)
+                objective = self.held.objective(self.recorder.task)
                 run_block(self.recorder, queries, block, objective, lambda place: partial(consume, place), advance, first=block.start)
         for resident in residents.values():
             resident.ready()
@@ -148,7 +171,7 @@ class Pairwise:
 
     def block(self, train: Rows, held: Queries, block: range, advance: Callable[[int], None]) -> dict[str, Tensor]:
         """Return the tensors of one block's shard."""
-        objective = loss_of(self.recorder.task)
+        objective = self.passed.objective(self.recorder.task)
         return finished(
             self.recorder,
             train,
@@ -172,7 +195,7 @@ class Pairwise:
             if name in held.residents:  # else no query reached this layer
                 sums.add(first, name, held.residents[name], gradient)
 
-        objective = loss_of(self.recorder.task)
+        objective = self.passed.objective(self.recorder.task)
         run_block(self.recorder, train, block, objective, lambda place: partial(consume, place), advance)
         shard = sums.shard(held.norms)
         return {**shard, REACHED: reached(self.recorder.layers, touched)}

@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import quote
@@ -263,3 +265,10 @@ def _dense(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         storages.add(plain.untyped_storage().data_ptr())
         dense[name] = plain
     return dense
+
+
+@contextmanager
+def temporary_store(kind: str, settings: Mapping[str, Any]) -> Iterator[ShardStore]:
+    """Open a store in a folder that goes with the body, for what is computed by shards and not kept."""
+    with TemporaryDirectory() as folder, ShardStore(folder, kind=kind, settings=settings) as store:
+        yield store
