@@ -28,7 +28,7 @@ from whence.index.stored import StoredIndex
 from whence.index.writer import IndexWriter
 from whence.scores.blocks import block_names
 from whence.scores.matrix import TOTAL
-from whence.scores.request import Ask
+from whence.scores.request import Ask, Request
 from whence.scores.tokens import TokenScores
 from whence.storage.settings import differences, plain_json
 from whence.storage.shards import ShardStore, temporary_store
@@ -100,14 +100,18 @@ class IndexBench(TokenBench):
                 )
             return ready.projection, ready.projection.settle(held)
 
-    def index_exact(self, queries: Any, query_rows: Sequence[int] | None, rows: list[Any], settings: Mapping[str, Any]) -> Tensor:
-        """Return exact scores `[query, row]`; nothing is stored."""
-        ask = Ask(strategy=settings["strategy"], spectrum=Spectrum.from_json(settings["spectrum"]))
+    def index_exact(
+        self, queries: Any, query_rows: Sequence[int] | None, rows: list[Any], settings: Mapping[str, Any], *, together: bool = False
+    ) -> Tensor:
+        """Return exact scores `[query, row]`, or their mean over the queries `[1, row]`; nothing is stored."""
+        request = Request(aggregate="queries" if together else None)
+        ask = Ask(strategy=settings["strategy"], spectrum=Spectrum.from_json(settings["spectrum"]), request=request)
         train = self._rows(rows, "training", None, "auto")
         asked = self._rows(queries, "query", query_rows, "auto", "query_batch_size")
         with self._session(train) as (recorder, seen), temporary_store("scores", seen.identity) as store:
             self._pairwise(recorder, self._factors(ask.strategy, seen), ask, store, train).run(asked, train)
-            return torch.cat([store.read(name)[TOTAL] for name in block_names(train)], dim=1)
+            found = torch.cat([store.read(name)[TOTAL] for name in block_names(train)], dim=1)
+        return found / len(asked) if together else found
 
     def index_tokens(self, queries: Any, query_rows: Sequence[int] | None, rows: list[Any], settings: Mapping[str, Any]) -> TokenScores:
         """Return the scores of rows by token on both sides; nothing is stored.

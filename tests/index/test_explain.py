@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache, partial
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import oracle
 import oracle_options
 import whence
 from case import Case, simple
+from case_run import HOSTILE, Elements
 from cases import case_named
 from cases_embedding import MaskedBag, collate_ragged, ragged
 from compare import assert_close
@@ -166,3 +168,17 @@ def test_the_strongest_tokens_come_first_whatever_their_sign() -> None:
         SMALL.strongest(0, 0, side="both")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="1 queries and 2 rows"):
         SMALL.strongest(0, 2)
+
+
+def test_tokens_show_themselves_in_notebooks() -> None:
+    table = SMALL._repr_html_()
+    Elements(table)
+    assert "3 (+1.2), 1 (-0.7), 0 (+0.5)" in table
+    text = SMALL.html([HOSTILE, "a", "b", "c"], ["x", HOSTILE])
+    Elements(text)
+    assert "<img" not in text
+    assert "&lt;img" in text
+    text.encode("utf-8")
+    marks = re.findall(r"rgba\((\d+),\d+,\d+,([\d.]+)\)' title='([^']+)'", text)
+    assert [mark for mark in marks[:4] if mark[1] == "0.75"] == [("214", "0.75", "+1.2")], "the strongest has the full colour"
+    assert [(red, part) for red, _, part in marks[4:]] == [("214", "+1.5"), ("31", "-0.5")]

@@ -20,6 +20,7 @@ from whence.cli.clean import clean
 from whence.cli.config import read_config
 from whence.cli.demo import demo
 from whence.cli.plan import plan
+from whence.cli.query import query
 from whence.cli.report import report
 from whence.cli.train import train
 from whence.errors import MismatchError, NotFittedError, NumericalError, StorageError, WhenceError
@@ -61,7 +62,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "self": attribute.self_influence,
     "top": attribute.top,
     "index": index.index,
-    "query": index.query,
+    "query": query,
     **{f"evaluate {name}": verb for name, verb in evaluate.VERBS.items()},
     "clean": clean,
     "report": report,

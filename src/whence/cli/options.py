@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from whence.cli.values import Count, Fraction, Names, Numbers, Size, Switch, Whole
+from whence.cli.values import Count, Fraction, Names, Numbers, Size, Switch, Texts, Whole
 
 # The parser resolves inherited annotations here: Measurement, PresetName.
 from whence.recipes.settings import DataSettings, Measurement, PresetName, TrainingSettings  # noqa: F401
@@ -233,6 +233,29 @@ class ScoreOptions(MatrixOptions):
 
     name: str | None = None
     """Folder of these scores within the run folder. Default: the strategy's name; over a run over-run, or over-run-STRATEGY."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskOptions:
+    """What is asked about; one of them. Default: the recipe's first query."""
+
+    query: Numbers | None = None
+    """The recipe's own queries by number, for example 0,3,7."""
+
+    text: Texts | None = None
+    """A text to ask about, given once or more: of a language model the text itself, of a classifier the class that it reads in it."""
+
+    rows: Numbers | None = None
+    """Training rows by number, for example 3,17: why the model does on them what it does."""
+
+    file: Path | None = None
+    """JSON lines, each {"text": "..."} or the columns of the recipe's data; without a label a classifier is asked for what it reads."""
+
+    class_: str | None = None
+    """All of the recipe's queries of a class, by its name or number."""
+
+    together: Switch = False
+    """Explain all that is asked about as one, by the mean of the measurements, and say how much they agree."""
 
 
 @dataclass(kw_only=True)

@@ -73,6 +73,7 @@ Whole = Annotated[int, Parameter(converter=_whole(0), n_tokens=1)]
 Switch = Annotated[bool, Parameter(negative=())]
 Names = Annotated[list[str], Parameter(converter=_split, n_tokens=1, negative=())]
 Numbers = Annotated[list[int], Parameter(converter=_split_whole, n_tokens=1, negative=())]
+Texts = Annotated[list[str], Parameter(negative=())]
 Fraction = Annotated[float, Parameter(converter=_fraction, n_tokens=1)]
 Share = Annotated[float, Parameter(validator=validators.Number(gte=0, lte=1))]
 

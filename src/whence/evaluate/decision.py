@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from whence.runtime import notebook
 
 # Why a row goes or stays; one that goes because of another row is "copy of row N".
 BY_SCORE, BELOW, CLASS_LIMIT, NO_ROOM = "score", "", "class limit", "copies do not fit"
@@ -99,6 +101,17 @@ class Decision:
                 f"{one['class']:>7} {one['rows']:>9,} {one['dropped']:>9,} {one['dropped'] / one['rows']:>7.1%}" for one in self.per_class()
             ]
         return lines
+
+    def _repr_html_(self) -> str:
+        """Return a table for notebooks: the summary, and the dropped rows with the highest scores."""
+        first, *others = self.lines() if self.classes is None else replace(self, classes=None).lines()
+        per_class = [f"class {one['class']}: {one['dropped']:,} of {one['rows']:,}" for one in self.per_class()]
+        told = "; ".join([first, *others, *per_class])
+        entries = self.describe(self.dropped)[:10]
+        heads = list(entries[0]) if entries else ["row"]
+        lines = [[f"{value:.4g}" if isinstance(value, float) else value for value in entry.values()] for entry in entries]
+        more = f"and {len(self.dropped) - 10:,} more" if len(self.dropped) > 10 else ""
+        return notebook.table(told, heads, lines, more=more)
 
     def to_json(self) -> dict[str, Any]:
         """Return the summary as JSON values; the rows themselves are given by `describe`."""

@@ -15,10 +15,10 @@ from whence.evaluate.baselines import (
     bm25_scores,
     embedding_scores,
     loss_scores,
-    only_looking,
     random_scores,
     signed_by_class,
 )
+from whence.evaluate.embeddings import only_looking
 from whence.recipes.base import Recipe
 from whence.runtime.batches import iterate_batches
 from whence.workbench import Size

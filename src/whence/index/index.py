@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,9 +18,14 @@ from whence.index.projection import Held, Projection
 from whence.index.search import both_ends
 from whence.index.stored import DELETED, StoredIndex
 from whence.index.writer import IDS
+from whence.runtime.batches import check_dataset
+from whence.scores.groups import GroupScores, agreement, group_scores
 from whence.scores.tokens import TokenScores
 from whence.storage.fingerprints import fingerprint_rows
 from whence.storage.shards import ShardStore
+
+QUERY_BYTES = 2**30
+"""Gradients of queries that are held at a time where all rows are scored."""
 
 
 class Bench(Protocol):
@@ -29,8 +35,10 @@ class Bench(Protocol):
         """Return the index's projection, and the queries as it holds them."""
         ...
 
-    def index_exact(self, queries: Any, query_rows: Sequence[int] | None, rows: list[Any], settings: Mapping[str, Any]) -> Tensor:
-        """Return exact scores `[query, row]` of rows."""
+    def index_exact(
+        self, queries: Any, query_rows: Sequence[int] | None, rows: list[Any], settings: Mapping[str, Any], *, together: bool = False
+    ) -> Tensor:
+        """Return exact scores `[query, row]` of rows; `together`: their mean over the queries, `[1, row]`."""
         ...
 
     def index_tokens(self, queries: Any, query_rows: Sequence[int] | None, rows: list[Any], settings: Mapping[str, Any]) -> TokenScores:
@@ -54,13 +62,15 @@ class Index:
         bench: an `Attributor` of the model that the index is of.
         folder: where the index is.
         train: the rows that were indexed, for exact scores of the best; rows that were appended stand behind them.
+        describe: text of a row, for people; answers show it in notebooks.
 
     Raises:
         StorageError: there is no index, or it is unfinished or damaged.
     """
 
-    def __init__(self, bench: Bench, folder: Path | str, *, train: Any = None) -> None:
+    def __init__(self, bench: Bench, folder: Path | str, *, train: Any = None, describe: Callable[[Any], str] | None = None) -> None:
         self.folder = Path(folder)
+        self.describe = describe
         self._rows = [] if train is None else [train]
         self._found: dict[int, tuple[Any, int]] | None = None
         self._bench = bench
@@ -93,13 +103,35 @@ class Index:
     def scores(self, queries: Any, *, query_rows: Sequence[int] | None = None) -> Tensor:
         """Return the index's own scores of all rows, float32 `[query, row]` in the order of `ids`.
 
+        More queries than fit into a gigabyte as whole gradients are taken in turns, each a pass over the index.
+
         Raises:
             MismatchError: the index is of another model. DataError: a query cannot be used.
         """
-        projection, held = self._bench.index_queries(queries, query_rows, self.settings)
-        return torch.cat([scores for _, scores in self._stored.blocks(projection, held)]).T.contiguous()
+        asked = range(check_dataset(queries, "query")) if query_rows is None else query_rows
+        several = max(1, QUERY_BYTES // (4 * sum(map(math.prod, self.settings["layers"].values()))))
+        parts = []
+        for start in range(0, max(1, len(asked)), several):
+            projection, held = self._bench.index_queries(queries, asked[start : start + several], self.settings)
+            parts.append(torch.cat([scores for _, scores in self._stored.blocks(projection, held)]).T)
+        return torch.cat(parts)
 
-    def query(self, queries: Any, *, k: int = 10, rescore: float = 0.05, query_rows: Sequence[int] | None = None) -> Answer:
+    def by_group(self, queries: Any, groups: Any, *, query_rows: Sequence[int] | None = None, together: bool = False) -> GroupScores:
+        """Return the influence of groups of rows on each query, by the index's own scores.
+
+        Args:
+            queries, query_rows, together: as of `query`.
+            groups: what group each row is in, in the order of `ids`; see `whence.scores.groups.group_scores`.
+
+        Raises:
+            ConfigError: the sizes do not fit. MismatchError, DataError: as of `scores`.
+        """
+        values = self.scores(queries, query_rows=query_rows)
+        return group_scores(values.mean(0, keepdim=True) if together else values, groups, query_rows=None if together else query_rows)
+
+    def query(
+        self, queries: Any, *, k: int = 10, rescore: float = 0.05, query_rows: Sequence[int] | None = None, together: bool = False
+    ) -> Answer:
         """Return the rows that pushed each query's measurement down and up most.
 
         Args:
@@ -108,6 +140,8 @@ class Index:
             rescore: share of the rows that are candidates of each query, half of them (but `k` at least) at either end by the
                 index. All queries' candidates together are scored exactly for all queries. 0: none. Needs `train`.
             query_rows: which queries.
+            together: explain the mean of the queries' measurements, such as of a whole class, as one query; the answer then says how
+                much the queries agree, by the index's own scores.
 
         Raises:
             ConfigError: an option cannot be used, or all rows are deleted. MismatchError: as of `scores`, or `train` is not what was
@@ -119,15 +153,24 @@ class Index:
             raise ConfigError("rescore needs the training rows: open the index with train=..., or say rescore=0.")
         if not len(self):
             raise ConfigError(f"all rows of {self.folder} are deleted, so there is nothing to ask; append rows, or index again.")
-        projection, held = self._bench.index_queries(queries, query_rows, self.settings)
-        top, bottom = both_ends(self._stored.blocks(projection, held), candidates(len(self), k, rescore))
-        if not rescore:
-            return Answer(proponents=top, opponents=bottom, exact=False)
-        ids = self.ids if rescore == 1 else torch.cat([top.ids, bottom.ids], dim=1).unique()
-        rows = self._at_hand(ids.tolist(), "or say rescore=0")
-        exact = self._bench.index_exact(queries, query_rows, rows, self.settings)
-        high, low = both_ends([(ids, exact.T)], min(k, len(ids)))
-        return Answer(proponents=high, opponents=low, exact=True)
+        agreed, several = None, candidates(len(self), k, rescore)
+        if together:
+            values = self.scores(queries, query_rows=query_rows)
+            agreed = agreement(values, self.ids, k)
+            top, bottom = both_ends([(self.ids, values.mean(0, keepdim=True).T)], several)
+        else:
+            projection, held = self._bench.index_queries(queries, query_rows, self.settings)
+            top, bottom = both_ends(self._stored.blocks(projection, held), several)
+        if rescore:
+            ids = self.ids if rescore == 1 else torch.cat([top.ids, bottom.ids], dim=1).unique()
+            rows = self._at_hand(ids.tolist(), "or say rescore=0")
+            exact = self._bench.index_exact(queries, query_rows, rows, self.settings, together=together)
+            top, bottom = both_ends([(ids, exact.T)], min(k, len(ids)))
+        return Answer(proponents=top, opponents=bottom, exact=rescore > 0, agreement=agreed, text=self._text)
+
+    def _text(self, example: int) -> str | None:
+        row = None if self.describe is None else self.row(example)
+        return None if row is None or self.describe is None else self.describe(row)
 
     def explain(self, queries: Any, ids: Sequence[int], *, query_rows: Sequence[int] | None = None) -> TokenScores:
         """Say which tokens of training rows, and which tokens of the queries, their scores come from; needs `train`.
@@ -159,6 +202,16 @@ class Index:
                 f"Give the rows that were indexed, followed by those that were appended{otherwise and f', {otherwise}'}."
             )
         return [self.row(example) for example in ids]
+
+    def places(self) -> list[int]:
+        """Return where every row is among the rows at hand, `train` before what was appended, in the order of `ids`.
+
+        Raises:
+            MismatchError: a row is not at hand.
+        """
+        self._at_hand(self.ids.tolist())
+        firsts = {id(rows): sum(map(len, self._rows[:number])) for number, rows in enumerate(self._rows)}
+        return [firsts[id(rows)] + place for rows, place in (self._places[example] for example in self.ids.tolist())]
 
     def row(self, example: int) -> Any:
         """Return the training row with an example id; None if it is not among the rows at hand."""

@@ -47,6 +47,7 @@ class Recipe:
         tokens: text of each token of a row, in their order; for the page of whence report.
         picture: image of a row, as `whence.report.pictures.picture` takes it; 0 is paper and 1 is ink.
         ask: makes a row to ask about of a text.
+        encode: makes a row to ask about of a raw row: a dict with the columns of the data set.
         layers: which layers to track, as for `whence.Attributor`.
         layer_sets: lists of layers that can be asked for by a name.
         raw: training rows as they were read, to be filtered and written again; None: there are none.
@@ -73,6 +74,7 @@ class Recipe:
     tokens: Callable[[Any], Sequence[str]] | None = None
     picture: Callable[[Any], Tensor] | None = None
     ask: Callable[[str], Any] | None = None
+    encode: Callable[[Mapping[str, Any]], Any] | None = None
     layers: str | Sequence[str] | None = None
     layer_sets: Mapping[str, Sequence[str]] = field(default_factory=dict)
     raw: Sequence[dict[str, Any]] | None = None
@@ -102,9 +104,15 @@ class Recipe:
                 raise RecipeError(
                     f"Recipe {self.name}: {name} is {_what(rows)}; give rows with __len__ and __getitem__: a list or a map-style data set."
                 )
-        for name in ("collate", "describe", "tokens", "picture", "ask"):
+        for name in ("collate", "describe", "tokens", "picture", "ask", "encode"):
             if getattr(self, name) is not None and not callable(getattr(self, name)):
                 raise RecipeError(f"Recipe {self.name}: {name} is {_what(getattr(self, name))}; give a function or None.")
+
+
+def class_names(recipe: Recipe) -> dict[int, str]:
+    """Return the names of a classifier's classes by number, as its model's configuration has them; else nothing."""
+    names = getattr(getattr(recipe.model, "config", None), "id2label", None) or {}
+    return {int(number): str(name) for number, name in names.items()}
 
 
 def load_recipe(spec: str, **options: Any) -> Recipe:

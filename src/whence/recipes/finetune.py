@@ -21,7 +21,7 @@ import torch
 from whence.errors import ConfigError, DataError
 from whence.pretrained import open_pretrained
 from whence.pretrained.kinds import need, quiet
-from whence.recipes.asked import asker
+from whence.recipes.asked import asker, encoder
 from whence.recipes.base import Recipe
 from whence.recipes.family import Family
 from whence.recipes.pieces import pieces
@@ -146,6 +146,7 @@ def open_finetuned(family: Family, checkpoint_dir: str | Path | None, data: Data
         _check_unchanged(family, folder, data, raw, record)
     train = encode_train(family, data, tokenizer, model.config, raw, 0 if training is None else training.seed)
     queries = read_queries(family, data, tokenizer, model.config)
+    encode = encoder(family, model, tokenizer, collate, data)
     recipe = Recipe(
         name=_run_name(family, folder),
         model=model,
@@ -155,7 +156,8 @@ def open_finetuned(family: Family, checkpoint_dir: str | Path | None, data: Data
         collate=collate,
         describe=_text,
         tokens=partial(pieces, tokenizer),
-        ask=asker(family, model, tokenizer, collate, data),
+        ask=asker(family, encode, data),
+        encode=encode,
         layer_sets=family.layer_sets,
         raw=train.raw,
         flipped=train.flipped,

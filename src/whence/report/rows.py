@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from whence.evaluate.baselines import only_looking
-from whence.recipes.base import Recipe
+from whence.evaluate.embeddings import only_looking
+from whence.recipes.base import Recipe, class_names
 from whence.report.pictures import picture
 from whence.runtime.batches import to_device
 from whence.tasks import Classification, MultipleChoice, SequenceClassification
@@ -50,7 +50,6 @@ class RowSource:
     @classmethod
     def of_recipe(cls, recipe: Recipe) -> RowSource:
         """Return the rows of a recipe."""
-        names = getattr(getattr(recipe.model, "config", None), "id2label", None) or {}
         return cls(
             train=recipe.train,
             queries=recipe.queries,
@@ -59,7 +58,7 @@ class RowSource:
             picture=recipe.picture,
             classes=recipe.classes,
             query_classes=recipe.query_classes,
-            names={int(number): str(name) for number, name in names.items()},
+            names=class_names(recipe),
             flipped=recipe.flipped,
             read=_reader(recipe),
         )

@@ -41,3 +41,8 @@ def marked(tokens: Sequence[str], parts: Sequence[float], *, largest: float | No
         colour = "214,39,40" if part > 0 else "31,119,180"
         spans.append(f"<span style='background:rgba({colour},{0.75 * share:.2f})' title='{part:+.3g}'>{text(token)}</span>")
     return f"<span style='white-space:pre-wrap'>{''.join(spans)}</span>"
+
+
+def ranked(rows: Sequence[tuple[object, float]]) -> str:
+    """Return (name, score) pairs in a line, not escaped yet."""
+    return ", ".join(f"{name} ({score:+.3g})" for name, score in rows)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from html import escape
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from whence.errors import ConfigError, StorageError
+from whence.runtime import notebook
+from whence.scores.groups import GroupScores, group_scores
 from whence.storage.run import write_table_atomic
 from whence.storage.shards import ShardStore
 
@@ -107,21 +108,36 @@ class Scores:
     def _repr_html_(self) -> str:
         """Return a small table for notebooks: the first queries and the three rows at each end of theirs."""
         queries, train = self.values.shape
-        caption = escape(f"Scores of {queries:,} queries and {train:,} training rows, {self.settings.get('strategy', 'given by hand')}")
+        caption = f"Scores of {queries:,} queries and {train:,} training rows, {self.settings.get('strategy', 'given by hand')}"
         if self.sums_rows or not self.values.numel():
-            return f"<p>{caption}; no rows to list.</p>"
-
-        def told(ranked: list[tuple[int, float]]) -> str:
-            return ", ".join(f"{row} ({score:+.3g})" for row, score in ranked)
-
+            return notebook.paragraph(f"{caption}; no rows to list.")
         lines = [
-            f"<tr><th scope='row'>{query if self.query_rows is None else self.query_rows[query]}</th>"
-            f"<td>{told(self.top(query, 3))}</td><td>{told(self.bottom(query, 3))}</td></tr>"
+            (
+                query if self.query_rows is None else self.query_rows[query],
+                notebook.ranked(self.top(query, 3)),
+                notebook.ranked(self.bottom(query, 3)),
+            )
             for query in range(min(5, queries))
         ]
-        more = f"<tr><td colspan='3'>and {queries - 5:,} more</td></tr>" if queries > 5 else ""
-        heads = "".join(f"<th scope='col'>{name}</th>" for name in ("query", "strongest proponents: row (score)", "strongest opponents"))
-        return f"<table><caption>{caption}</caption><thead><tr>{heads}</tr></thead><tbody>{''.join(lines)}{more}</tbody></table>"
+        heads = ("query", "strongest proponents: row (score)", "strongest opponents")
+        return notebook.table(caption, heads, lines, more=f"and {queries - 5:,} more" if queries > 5 else "")
+
+    def by_group(self, groups: Any) -> GroupScores:
+        """Return the influence of groups of training rows on each query: sums, means, and how far they are from chance.
+
+        Args:
+            groups: what group each training row is in, such as its source, author or label: a vector of numbers or a list. One for
+                every row of the data set, or for every column of these scores.
+
+        Raises:
+            ConfigError: the sizes do not fit, or the scores were summed over training rows.
+        """
+        if self.sums_rows:
+            raise ConfigError(f"scores with aggregate={self.settings['aggregate']!r} are of no single rows to group; compute them without.")
+        given = groups.tolist() if hasattr(groups, "tolist") else list(groups)
+        if self.train_rows is not None and len(given) == self.trained_rows:
+            given = [given[row] for row in self.train_rows]
+        return group_scores(self.values, given, query_rows=self.query_rows)
 
     def _ranked(self, query: int, k: int, *, descending: bool) -> list[tuple[int, float]]:
         queries = len(self.values)

@@ -12,6 +12,7 @@ from whence.errors import ConfigError
 from whence.runtime import notebook
 
 TokenSide = Literal["rows", "queries"]
+SIDES: tuple[TokenSide, TokenSide] = ("rows", "queries")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +58,7 @@ class TokenScores:
 
     def parts(self, query: int, row: int, *, side: TokenSide = "rows") -> Tensor:
         """Return the parts of one side's tokens, `[token]`; arguments and errors as of `strongest`."""
-        if side not in ("rows", "queries"):
+        if side not in SIDES:
             raise ConfigError(f"side={side!r} is not known; choose 'rows' or 'queries'.")
         queries, rows = self.values.shape
         if not (0 <= query < queries and 0 <= row < rows):
@@ -77,13 +78,9 @@ class TokenScores:
         Raises:
             ConfigError: as of `strongest`.
         """
-        sides: tuple[tuple[str, TokenSide, Sequence[str]], ...] = (
-            ("because of", "rows", tokens_row),
-            ("in the query", "queries", tokens_query),
-        )
         texts = [
             f"<div><b>{head}</b> {notebook.marked(tokens, self.parts(query, row, side=side).tolist())}</div>"
-            for head, side, tokens in sides
+            for head, side, tokens in zip(("because of", "in the query"), SIDES, (tokens_row, tokens_query), strict=True)
         ]
         return f"<div>score {float(self.values[query, row]):+.3g}{''.join(texts)}</div>"
 
@@ -92,11 +89,13 @@ class TokenScores:
         queries, rows = self.values.shape
         pairs = [(query, row) for query in range(queries) for row in range(rows)]
 
-        def told(query: int, row: int, side: TokenSide) -> str:
-            return ", ".join(f"{token} ({part:+.3g})" for token, part in self.strongest(query, row, side=side, k=3))
-
         lines = [
-            (query, row, f"{float(self.values[query, row]):+.3g}", told(query, row, "rows"), told(query, row, "queries"))
+            (
+                query,
+                row,
+                f"{float(self.values[query, row]):+.3g}",
+                *(notebook.ranked(self.strongest(query, row, side=side, k=3)) for side in SIDES),
+            )
             for query, row in pairs[:10]
         ]
         return notebook.table(

@@ -1,0 +1,91 @@
+"""The verb query: one call of an index, and the printing of what it returns."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+from whence.cli import output
+from whence.cli.groups import check_by, group_entry, group_lines, groups_by
+from whence.cli.listing import query_entry, query_lines
+from whence.cli.opening import Flat, RecipeName, open_recipe, run_folder
+from whence.cli.options import AskOptions, DataOptions, ListOptions, RunOptions
+from whence.cli.questions import Question, as_one, check_one_kind, questions, read_lines
+from whence.cli.tokens import mark_tokens
+from whence.cli.values import Share, Switch
+from whence.errors import ConfigError
+
+if TYPE_CHECKING:
+    from whence.index.answer import Answer
+    from whence.index.index import Index
+    from whence.recipes.base import Recipe
+
+
+def query(
+    recipe: RecipeName,
+    /,
+    *,
+    ask: Annotated[AskOptions, Flat] = AskOptions(),  # noqa: B008  (read only; the parser makes a new one per call)
+    by: str | None = None,
+    tokens: Switch = False,
+    strategy: str = "ekfac",
+    name: str | None = None,
+    rescore: Share = 0.05,
+    listing: Annotated[ListOptions, Flat] = ListOptions(),  # noqa: B008
+    data: Annotated[DataOptions, Flat] = DataOptions(),  # noqa: B008
+    run: Annotated[RunOptions, Flat] = RunOptions(),  # noqa: B008
+) -> None:
+    """Ask an index which training rows a behaviour comes from.
+
+    Args:
+        by: Add up groups of rows instead, and say how far from chance (z): label, a column of the data, or cluster:20 for 20 clusters.
+        tokens: Mark under each row the tokens that its score comes from most, and those of the query.
+        strategy: The index to ask, by its name or the strategy's.
+        name: Folder of the index in the run folder, if it was given one.
+        rescore: Share of the rows, half of it at either end by the index, that are scored exactly; 0 takes the index's own scores.
+    """
+    from whence.index.index import Index
+    from whence.scores.request import check_name
+
+    check_name(name)
+    check_one_kind(ask)
+    check_by(by, tokens=tokens)
+    lines = None if ask.file is None else read_lines(ask.file)
+    attributor, found = open_recipe(recipe, run, data)
+    folder = run_folder(found, run) / "index" / (name or strategy)
+    if not folder.exists():
+        raise ConfigError(f"{folder} does not exist: there is no index to ask. Run first: whence index {recipe}, or name one with --name.")
+    asked = questions(found, ask, lines)
+    rows = [question.row for question in asked]
+    heads = [as_one(found, ask, asked)] if ask.together else asked
+    index = Index(attributor, folder, train=found.train)
+    shown: dict[str, Any] = {"recipe": found.name, "index": str(folder)}
+    if by is not None:
+        made = groups_by(found, attributor, by, run.seed)
+        groups = index.by_group(rows, [made.names[place] for place in index.places()], together=ask.together)
+        entries = [group_entry(head, groups, number, made, listing) for number, head in enumerate(heads)]
+        shown |= {"by": by, "exact": False, "queries": entries}
+        told = [line for entry in entries for line in group_lines(entry)]
+    else:
+        answer = index.query(rows, k=listing.k, rescore=rescore, together=ask.together)
+        entries = _entries(found, index, answer, heads, listing)
+        if tokens:
+            mark_tokens(found, index, rows, entries, together=ask.together)
+        shown |= {"exact": answer.exact, "queries": entries}
+        told = [line for entry in entries for line in query_lines(entry)]
+    output.data(told, shown, as_json=run.json)
+    output.stage_table(attributor.stages)
+
+
+def _entries(found: Recipe, index: Index, answer: Answer, heads: list[Question], listing: ListOptions) -> list[dict[str, Any]]:
+    entries = []
+    for place, head in enumerate(heads):
+        sides = {"proponents": answer.top(place)} | ({"opponents": answer.bottom(place)} if listing.bottom else {})
+        entry = query_entry(found, head.number, head.text, sides, index.row)
+        entries.append({**head.to_json(), **entry})
+    if answer.agreement is not None:
+        entries[0]["agreement"] = {
+            "queries": answer.agreement.queries,
+            "correlation": answer.agreement.correlation,
+            "common": [{"train": row, "share": share} for row, share in answer.agreement.common],
+        }
+    return entries
