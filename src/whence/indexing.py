@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,14 @@ from whence.curvature.stored import Preconditioner, stored_curvature
 from whence.errors import MismatchError
 from whence.index.balance import Balance, balance
 from whence.index.claim import checked_ids, claim_first, claim_more, finish
+from whence.index.fidelity import drawn_for_fidelity, fidelity
 from whence.index.make import make_projection
 from whence.index.projection import Held, Projection, RowSettings
 from whence.index.stored import StoredIndex
 from whence.index.writer import IndexWriter
 from whence.scores.blocks import block_names
 from whence.scores.matrix import TOTAL
+from whence.scores.pairwise import Pairwise
 from whence.scores.request import Ask, Request
 from whence.scores.tokens import TokenScores
 from whence.storage.settings import differences, plain_json
@@ -67,7 +69,7 @@ class IndexBench(TokenBench):
         wanted = checked_ids(ids, len(taken))
         spectrum, made = Spectrum.from_json(settings["spectrum"]), RowSettings(**settings["rows"])
         with (
-            self._ready(taken, settings["strategy"], spectrum, made, train=rows) as ready,
+            self._ready(taken, settings["strategy"], spectrum, made, settings.get("indexed"), train=rows) as ready,
             ShardStore(folder, kind="index", settings=ready.settings) as store,
         ):
             self._write_part(ready, store, taken, claim_more(store, wanted, ready.data["train"]))
@@ -76,9 +78,37 @@ class IndexBench(TokenBench):
         IndexWriter(
             recorder=ready.recorder, preconditioner=ready.preconditioner, projection=ready.projection, store=store, stages=self.stages
         ).write(rows, part)
+        if part == 0:
+            self._measure(ready, StoredIndex.of(store), rows)
         if finish(store, self._layers):
             self._leave_out_unreached(store)
         self._record("index", ready.settings)
+
+    def _measure(self, ready: _Ready, stored: StoredIndex, rows: Rows) -> None:
+        """Keep in an index how near its scores come to exact ones, on rows drawn from those that were indexed."""
+        drawn = drawn_for_fidelity(len(rows), self.seed)
+        if stored.fidelity is not None or drawn is None or len(stored.deleted):
+            return
+        asked, places = (replace(rows, indices=places) for places in drawn)
+        held = self._hold(ready, asked)
+        found = torch.cat([scores for _, scores in stored.blocks(ready.projection, held)])[places.indices].T
+        with temporary_store("scores", {}) as store:
+            pairwise = Pairwise(
+                recorder=ready.recorder, preconditioner=ready.preconditioner, request=Request(), store=store, stages=self.stages
+            )
+            stored.keep_fidelity(fidelity(found, _exact(pairwise, asked, places)))
+
+    def _hold(self, ready: _Ready, rows: Rows) -> Held:
+        """Return queries in the form in which an index's rows meet them."""
+        with self.stages.stage("Query gradients"):
+            held, _ = finished(
+                ready.recorder,
+                rows,
+                partial(_held, ready, rows),
+                lambda result: result[1],
+                lambda: raise_not_finite_anywhere(ready.recorder, rows, measurement_of(self.task), "Query gradients"),
+            )
+        return ready.projection.settle(held)
 
     def index_queries(self, queries: Any, query_rows: Sequence[int] | None, settings: Mapping[str, Any]) -> tuple[Projection, Held]:
         """Return the projection of an index, and the queries as it holds them.
@@ -88,17 +118,9 @@ class IndexBench(TokenBench):
         """
         rows = self._rows(queries, "query", query_rows, "auto", "query_batch_size")
         spectrum, made = Spectrum.from_json(settings["spectrum"]), RowSettings(**settings["rows"])
-        with self._ready(rows, settings["strategy"], spectrum, made, queries=queries) as ready:
+        with self._ready(rows, settings["strategy"], spectrum, made, settings.get("indexed"), queries=queries) as ready:
             _refuse_another(settings, ready.settings)
-            with self.stages.stage("Query gradients"):
-                held, _ = finished(
-                    ready.recorder,
-                    rows,
-                    partial(_held, ready, rows),
-                    lambda result: result[1],
-                    lambda: raise_not_finite_anywhere(ready.recorder, rows, measurement_of(self.task), "Query gradients"),
-                )
-            return ready.projection, ready.projection.settle(held)
+            return ready.projection, self._hold(ready, rows)
 
     def index_exact(
         self, queries: Any, query_rows: Sequence[int] | None, rows: list[Any], settings: Mapping[str, Any], *, together: bool = False
@@ -109,8 +131,7 @@ class IndexBench(TokenBench):
         train = self._rows(rows, "training", None, "auto")
         asked = self._rows(queries, "query", query_rows, "auto", "query_batch_size")
         with self._session(train) as (recorder, seen), temporary_store("scores", seen.identity) as store:
-            self._pairwise(recorder, self._factors(ask.strategy, seen), ask, store, train).run(asked, train)
-            found = torch.cat([store.read(name)[TOTAL] for name in block_names(train)], dim=1)
+            found = _exact(self._pairwise(recorder, self._factors(ask.strategy, seen), ask, store, train), asked, train)
         return found / len(asked) if together else found
 
     def index_tokens(self, queries: Any, query_rows: Sequence[int] | None, rows: list[Any], settings: Mapping[str, Any]) -> TokenScores:
@@ -129,15 +150,19 @@ class IndexBench(TokenBench):
             return self._by_token(recorder, weighed, seen, asked, train)
 
     @contextmanager
-    def _ready(self, rows: Rows, strategy: str, spectrum: Spectrum, made: RowSettings, **datasets: Any) -> Iterator[_Ready]:
+    def _ready(
+        self, rows: Rows, strategy: str, spectrum: Spectrum, made: RowSettings, indexed: Sequence[str] | None = None, **datasets: Any
+    ) -> Iterator[_Ready]:
+        """Look at model and data. `indexed`: layers that an index has, which of others' rows need not be those that can be taken."""
         with self._session(rows, **datasets) as (recorder, seen):
             factors = self._factors(strategy, seen)
             weighed, energies = self._curved(factors, spectrum, made)
             like = torch.zeros((), dtype=weighed.dtype, device=self.device)
             # Balanced eigenvectors are a second copy beside the factors', on the device even where those are offloaded.
-            balances = {layer.name: balance(weighed.basis(layer.name), weighed.weight(layer.name), like) for layer in recorder.taken}
-            shapes = {layer.name: layer.shape for layer in recorder.taken}
-            one_hot = {layer.name for layer in recorder.taken if any(site.handler.one_hot for site in layer.sites)}
+            layers = recorder.taken if indexed is None else [layer for layer in recorder.layers if layer.name in indexed]
+            balances = {layer.name: balance(weighed.basis(layer.name), weighed.weight(layer.name), like) for layer in layers}
+            shapes = {layer.name: layer.shape for layer in layers}
+            one_hot = {layer.name for layer in layers if any(site.handler.one_hot for site in layer.sites)}
             yield _Ready(
                 recorder=recorder,
                 preconditioner=weighed,
@@ -147,6 +172,7 @@ class IndexBench(TokenBench):
                     "strategy": strategy,
                     "spectrum": spectrum.to_json(),
                     "rows": made.to_json(),
+                    "indexed": list(shapes),
                     "factors": self._fitted(factors, seen),
                     **seen.identity,
                 },
@@ -164,6 +190,11 @@ class IndexBench(TokenBench):
         return weighed, energies
 
 
+def _exact(pairwise: Pairwise, queries: Rows, rows: Rows) -> Tensor:
+    pairwise.run(queries, rows)
+    return torch.cat([pairwise.store.read(name)[TOTAL] for name in block_names(rows)], dim=1)
+
+
 def _refuse_another(settings: Mapping[str, Any], present: Mapping[str, Any]) -> None:
     """Refuse an index of another model or curvature than the present one, by the names of what differs."""
     found = list(differences(plain_json(settings, "settings"), plain_json(present, "settings")))
@@ -178,7 +209,9 @@ def _held(ready: _Ready, rows: Rows) -> tuple[Held, bool]:
     budget = working_set(rows.device.type)
 
     def consume(first: int, layer: TrackedLayer, gradient: LayerGradient) -> None:
-        own = ready.balances[layer.name]
+        own = ready.balances.get(layer.name)
+        if own is None:  # the index has nothing of this layer
+            return
         for chunk, values in gradient.gradients(own.queries, budget):
             if own.weights is not None:
                 values *= own.weights

@@ -14,6 +14,7 @@ from torch.utils.data import Subset
 from whence.errors import ConfigError, MismatchError
 from whence.index.answer import Answer
 from whence.index.claim import checked_ids
+from whence.index.fidelity import Fidelity
 from whence.index.projection import Held, Projection
 from whence.index.search import both_ends
 from whence.index.stored import DELETED, StoredIndex
@@ -99,6 +100,11 @@ class Index:
     def row_bytes(self) -> float:
         """Bytes on disk per row."""
         return self._stored.row_bytes
+
+    @property
+    def fidelity(self) -> Fidelity | None:
+        """How near the index's own scores come to exact ones, measured when it was made; None for fewer than three rows."""
+        return self._stored.fidelity
 
     def scores(self, queries: Any, *, query_rows: Sequence[int] | None = None) -> Tensor:
         """Return the index's own scores of all rows, float32 `[query, row]` in the order of `ids`.

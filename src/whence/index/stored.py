@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from whence.errors import StorageError
+from whence.index.fidelity import Fidelity
 from whence.index.projection import Held, Projection
 from whence.index.writer import FINGERPRINT, IDS, NORM, about, done
 from whence.storage.shards import ShardStore
 
-DELETED = "deleted"
+DELETED, FIDELITY = "deleted", "fidelity"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +86,18 @@ class StoredIndex:
         """Bytes on disk per row, everything counted."""
         files = sum(path.stat().st_size for path in self.store.folder.iterdir() if path.suffix == ".safetensors")
         return files / sum(len(part.ids) for part in self.parts)
+
+    @property
+    def fidelity(self) -> Fidelity | None:
+        """How near the first part's scores come to exact ones; None where that was not looked at."""
+        if FIDELITY not in self.store.names:
+            return None
+        found: dict[str, Any] = {key: value.item() for key, value in self.store.read(FIDELITY).items()}
+        return Fidelity(**found)
+
+    def keep_fidelity(self, found: Fidelity) -> None:
+        """Write it beside the rows."""
+        self.store.write(FIDELITY, {key: torch.tensor(value) for key, value in vars(found).items()})
 
     def blocks(self, projection: Projection, held: Held) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield ids `[row]` and scores `[row, query]`, shard by shard, without what is deleted."""
