@@ -97,7 +97,13 @@ class StoredIndex:
 
     def keep_fidelity(self, found: Fidelity) -> None:
         """Write it beside the rows."""
-        self.store.write(FIDELITY, {key: torch.tensor(value) for key, value in vars(found).items()})
+        self.store.write(
+            FIDELITY,
+            {
+                key: torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else torch.int64)
+                for key, value in vars(found).items()
+            },
+        )
 
     def blocks(self, projection: Projection, held: Held) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield ids `[row]` and scores `[row, query]`, shard by shard, without what is deleted."""
