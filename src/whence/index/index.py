@@ -224,6 +224,11 @@ class Index:
         rows, place = self._places.get(example, ([None], 0))
         return rows[place]
 
+    def place(self, example: int) -> int | None:
+        """Return where the row with an example id stands in `train` as it was given; None if it is not there."""
+        rows, place = self._places.get(example, (None, 0))
+        return place if self._rows and rows is self._rows[0] else None
+
     @property
     def _places(self) -> Mapping[int, tuple[Any, int]]:
         """Where the row with an example id is: a data set at hand and the place in it.

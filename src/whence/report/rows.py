@@ -66,21 +66,27 @@ class RowSource:
 
 def _reader(recipe: Recipe) -> Callable[[list[Any]], list[int]] | None:
     """Return what asks a classifier for the classes of rows; None for other models."""
+    outputs = classifier(recipe)
+    return None if outputs is None else lambda rows: outputs(rows).argmax(-1).tolist()
+
+
+def classifier(recipe: Recipe) -> Callable[[list[Any]], Tensor] | None:
+    """Return what gives a classifier's logits of rows, `[row, class]` on the CPU; None for other models."""
     task = recipe.task
     if recipe.classes is None or not isinstance(task, Classification | SequenceClassification | MultipleChoice):
         return None
     collate = recipe.collate or torch.utils.data.default_collate
 
-    def read(rows: list[Any]) -> list[int]:
-        found: list[int] = []
+    def outputs(rows: list[Any]) -> Tensor:
+        found: list[Tensor] = []
         device = next(recipe.model.parameters()).device  # now: an attributor may have moved the model
         with only_looking(recipe.model, device):
             for start in range(0, len(rows), _BATCH):
                 batch = to_device(collate(rows[start : start + _BATCH]), device)
-                found += task.output(recipe.model, batch).argmax(-1).tolist()
-        return found
+                found.append(task.output(recipe.model, batch).cpu())
+        return torch.cat(found)
 
-    return read
+    return outputs
 
 
 class Shelf:
@@ -102,7 +108,7 @@ class Shelf:
             self.size += sum(len(str(value)) + 12 for value in shown[index].values())
         row = shown[index]
         if tokens and rows is not None and self.source.tokens is not None and "tokens" not in row:
-            found = _without_empty_lines([str(token) for token in self.source.tokens(rows[index])][:MOST_TOKENS])
+            found = token_texts(self.source, rows[index])
             if found:  # rows of several sequences have no one list of tokens
                 row["tokens"] = found
                 self.size += sum(len(token) + 3 for token in found)
@@ -117,35 +123,47 @@ class Shelf:
             rows = getattr(self.source, side)
             missing = [index for index, row in shown.items() if rows is not None and "says" not in row]
             for index, number in zip(missing, read([rows[index] for index in missing]) if missing else [], strict=True):
-                shown[index]["says"] = self._name(number)
+                shown[index]["says"] = class_name(self.source, number)
         return True
 
     def _told(self, side: Side, index: int, row: Any) -> dict[str, Any]:
-        source, told = self.source, dict[str, Any]()
+        source = self.source
         classes = source.classes if side == "train" else source.query_classes
-        if classes is not None:
-            told["label"] = self._name(int(classes[index]))
+        told = shown_row(source, row, None if classes is None else class_name(source, int(classes[index])))
         if side == "train" and source.flipped is not None and bool(source.flipped[index]):
             told["flipped"] = True
-        if source.picture is not None:
-            shown = picture(source.picture(row), alt="", ink=True)
-            told["picture"] = shown.source
-        text = re.sub(r"\s*\n\s*", "\n", self._text(row, told.get("label")) or "")
-        if text:
-            told["text"] = text[:LONGEST_TEXT]
-            if len(text) > LONGEST_TEXT:
-                told["cut"] = True
         return told
 
-    def _name(self, number: int) -> str:
-        return (self.source.names or {}).get(number, str(number))
 
-    def _text(self, row: Any, label: str | None) -> str | None:
-        if self.source.describe is None:
-            found = row.get("text") if isinstance(row, Mapping) else row
-            return found if isinstance(found, str) else None
-        text = str(self.source.describe(row)).strip()
-        return text if label is None else _without_label(text, label)
+def shown_row(source: RowSource, row: Any, label: str | None = None) -> dict[str, Any]:
+    """Return what a page shows of a row, whether it is of a data set or not: `"text"`, `"cut"`, `"label"`, `"picture"`."""
+    told: dict[str, Any] = {} if label is None else {"label": label}
+    if source.picture is not None:
+        told["picture"] = picture(source.picture(row), alt="", ink=True).source
+    text = re.sub(r"\s*\n\s*", "\n", _text(source, row, label) or "")
+    if text:
+        told["text"] = text[:LONGEST_TEXT]
+        if len(text) > LONGEST_TEXT:
+            told["cut"] = True
+    return told
+
+
+def class_name(source: RowSource, number: int) -> str:
+    """Return the name of a class, else its number."""
+    return (source.names or {}).get(number, str(number))
+
+
+def token_texts(source: RowSource, row: Any, most: int = MOST_TOKENS) -> list[str]:
+    """Return the text of a row's first tokens, without empty lines; none if tokens have no texts."""
+    return [] if source.tokens is None else _without_empty_lines([str(token) for token in source.tokens(row)][:most])
+
+
+def _text(source: RowSource, row: Any, label: str | None) -> str | None:
+    if source.describe is None:
+        found = row.get("text") if isinstance(row, Mapping) else row
+        return found if isinstance(found, str) else None
+    text = str(source.describe(row)).strip()
+    return text if label is None else _without_label(text, label)
 
 
 def _without_empty_lines(tokens: list[str]) -> list[str]:

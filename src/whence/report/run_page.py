@@ -36,7 +36,7 @@ def render_run(page: Mapping[str, Any]) -> str:
     """
     folder = Path(__file__).with_name("templates")
     style = "\n".join((folder / name).read_text(encoding="utf-8") for name in ("style.css", "run.css"))
-    script = (folder / "run.js").read_text(encoding="utf-8")
+    script = "\n".join((folder / name).read_text(encoding="utf-8") for name in ("parts.js", "run.js"))
     contents = [entry for key, entry in _SECTIONS.items() if page[key]] + [("run", "The run")]
     template = templates().get_template("run.html")
     return str(

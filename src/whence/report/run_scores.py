@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,8 +61,8 @@ def scores_view(name: str, scores: Scores, shelf: Shelf, shown: Shown, *, querie
     found = len(scores.values)
     return {
         "name": name,
-        "about": about(scores),
-        "effect": effect(scores),
+        "about": about(scores.settings),
+        "effect": effect(scores.settings),
         "queries": queries,
         "rows": scores.values.shape[1],
         "left": found - len(queries),
@@ -80,9 +80,8 @@ def explain_reading(view: dict[str, Any], shelf: Shelf) -> None:
             query["verdict"] += f" The model says “{says}”: look at what pushed it away from “{label}”."
 
 
-def about(scores: Scores) -> str:
-    """Say in a few words how scores were made."""
-    settings = scores.settings
+def about(settings: Mapping[str, Any]) -> str:
+    """Say in a few words how scores of these settings were made."""
     solver = next((words for key, words in _SOLVERS.items() if any(key in str(name).split("-") for name in settings)), None)
     strategy = str(settings.get("strategy", "unknown"))
     kind = "gradients alone" if strategy == "identity" else f"{strategy.upper() if 'fac' in strategy else strategy} curvature"
@@ -92,9 +91,9 @@ def about(scores: Scores) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def effect(scores: Scores) -> str:
-    """Say what a positive score means, by the measurement."""
-    measure = str(scores.settings.get("task options", {}).get("measure", "")).strip("'")
+def effect(settings: Mapping[str, Any]) -> str:
+    """Say what a positive score lowers, by the measurement in the settings of scores."""
+    measure = str(settings.get("task options", {}).get("measure", "")).strip("'")
     return {"margin": "the odds against the query's label", "log_odds": "the odds against the query's tokens"}.get(
         measure, "the query's loss"
     )
@@ -151,19 +150,13 @@ class _View:
         return hit | ({"heat": heats[column]} if column in heats else {})
 
     def _heats(self, place: int, sides: list[list[int]]) -> dict[int, list[int]]:
-        """Return each shown row's tokens as shades from -SHADES to SHADES, by the root of their part of the score.
-
-        The strongest token of all rows has the strongest shade; without the root, one such token leaves all others pale.
-        """
+        """Return the shades of each shown row's tokens."""
         tokens = self.scores.per_token
         if tokens is None or tokens.shape[2] == 0 or self.shelf.source.tokens is None:
             return {}
         columns = [column for side in sides for column in side]
-        parts = {column: tokens[place, column, :MOST_TOKENS].double() for column in columns}
-        largest = max([float(part.abs().max()) for part in parts.values()], default=0.0)
-        if largest == 0:
-            return {}
-        return {column: (SHADES * part.sign() * (part.abs() / largest).sqrt()).round().int().tolist() for column, part in parts.items()}
+        found = shades([tokens[place, column, :MOST_TOKENS] for column in columns])
+        return dict(zip(columns, found, strict=True)) if found else {}
 
     def _layers(self, place: int) -> list[list[Any]]:
         """Return `[name, share, width]` of the layers with the largest shares, and of all others together."""
@@ -178,6 +171,17 @@ class _View:
             shown.append((f"{len(rest)} other layers", sum(size for _, size in rest)))
         most = max(size for _, size in shown)
         return [[name, f"{100 * size / whole:.1f}%", round(100 * size / most)] for name, size in shown]
+
+
+def shades(parts: Sequence[Tensor]) -> list[list[int]]:
+    """Return tokens' parts of a score as shades from -SHADES to SHADES, by their root; none if all parts are zero.
+
+    The strongest token of all rows has the strongest shade; without the root, one such token leaves all others pale.
+    """
+    largest = max([float(part.abs().max()) for part in parts if len(part)], default=0.0)
+    if largest == 0:
+        return []
+    return [(SHADES * part.sign() * (part.double().abs() / largest).sqrt()).round().int().tolist() for part in parts]
 
 
 def _verdict(noise: Noise | None, rows: int) -> str:

@@ -9,7 +9,7 @@ from typing import Literal
 from whence.errors import ConfigError
 
 
-def need(name: str, what: str, extra: Literal["hf", "report"]) -> ModuleType:
+def need(name: str, what: str, extra: Literal["hf", "report", "serve"]) -> ModuleType:
     """Import a module of an optional package.
 
     Args:
