@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
 from whence.cli.options import DataOptions, RunOptions
-from whence.errors import ConfigError
+from whence.errors import ConfigError, RecipeError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,11 +18,18 @@ if TYPE_CHECKING:
 
     from whence.attributor import Attributor
     from whence.checkpoints import Checkpoints
+    from whence.index.index import Index
     from whence.recipes.base import Recipe
 
 Flat = Parameter(name="*")
 RECIPE_HELP = "digits, glue, swag, wikitext, or file.py:object, where the object is a Recipe or a function that returns one."
 RecipeName = Annotated[str, Parameter(name="recipe", help=RECIPE_HELP)]
+
+INDEX_HELP = f"Folder of an index (RUN_DIR/index/NAME) or of the run that has one; or its recipe: {RECIPE_HELP}"
+IndexName = Annotated[str, Parameter(name="index", help=INDEX_HELP)]
+IndexRecipe = Annotated[str | None, Parameter(help="Recipe of an index that is given by its folder. Default: the one that run.json names.")]
+# What an index depends on beside its recipe, and how run.json may say it.
+_RECORDED: dict[str, Any] = {"layers": list, "fallback": bool, "precision": str, "adam": bool, "seed": int}
 
 
 def open_recipe(spec: str, run: RunOptions, data: DataOptions) -> tuple[Attributor, Recipe]:
@@ -31,8 +39,90 @@ def open_recipe(spec: str, run: RunOptions, data: DataOptions) -> tuple[Attribut
 
     found = load_recipe(spec, **data.given())
     attributor = Attributor(found.model, found.task, run_dir=run_folder(found, run), **_options(found, run))
-    attributor.run.origin = {"recipe": origin(spec, data)}
+    chosen = {name: value for name in _RECORDED if (value := getattr(run, name)) != getattr(RunOptions, name)}
+    attributor.run.origin = {"recipe": origin(spec, data)} | ({"options": chosen} if chosen else {})
     return attributor, found
+
+
+def open_index(
+    spec: str, run: RunOptions, data: DataOptions, *, recipe: str | None = None, strategy: str | None = None, name: str | None = None
+) -> tuple[Attributor, Recipe, Index]:
+    """Open an index by its recipe, or by its folder, whose `run.json` names recipe and options; what is given goes before that.
+
+    A recipe in a Python file that a folder names is not run; `recipe` asks for it.
+
+    Raises:
+        ConfigError: there is no index, or not one alone. RecipeError: no recipe is named. StorageError: the index cannot be read.
+    """
+    from whence.index.index import Index
+
+    folder = _index_folder(spec)
+    if folder is None:
+        if recipe is not None:
+            raise ConfigError(f"--recipe {recipe}: {spec} is a recipe already. Give the folder of the index, or leave --recipe out.")
+        attributor, found = open_recipe(spec, run, data)
+        folder = run_folder(found, run) / "index" / (name or strategy or "ekfac")
+        if not folder.exists():
+            raise ConfigError(f"{folder} does not exist: there is no index to ask. Run first: whence index {spec}, or name one with --name.")
+        return attributor, found, Index(attributor, folder, train=found.train)
+    if run.run_dir is not None or name is not None or strategy is not None:
+        raise ConfigError(f"{folder} says which index it is; leave --run-dir, --name and --strategy out.")
+    attributor, found = _reopened(folder, run, data, recipe)
+    return attributor, found, Index(attributor, folder, train=found.train)
+
+
+def _index_folder(spec: str) -> Path | None:
+    """Return the folder of the index that an argument names; None: it names a recipe."""
+    from whence.recipes.base import BUILT_IN
+
+    folder = Path(spec)
+    if spec in BUILT_IN or not folder.is_dir():
+        if "/" in spec and ":" not in spec:
+            raise ConfigError(f"{spec}: there is no such folder. Give the folder of an index, of a run that has one, or a recipe.")
+        return None
+    if (folder / "manifest.json").is_file():
+        if folder.resolve().parent.name != "index":
+            raise ConfigError(f"{folder} lies in no run folder; an index is opened where it was made, as RUN_DIR/index/NAME.")
+        return folder
+    found = sorted(path.parent for path in folder.glob("index/*/manifest.json"))
+    if len(found) != 1:
+        have = f"several: {', '.join(map(str, found))}. Name one" if found else "none. Make one with whence index, or give another folder"
+        raise ConfigError(f"{folder} has no index of its own, and of indexes within it {have}.")
+    return found[0]
+
+
+def _reopened(folder: Path, run: RunOptions, data: DataOptions, recipe: str | None) -> tuple[Attributor, Recipe]:
+    """Open the recipe of an index on its run folder, with the options that it was made with."""
+    from whence.attributor import Attributor
+    from whence.recipes.base import load_recipe
+    from whence.report.reopen import reopened
+
+    place = folder.resolve().parent.parent
+    try:
+        found = reopened(place, **data.given()) if recipe is None else load_recipe(recipe, **data.given())
+    except RecipeError as error:
+        if recipe is not None:
+            raise
+        raise RecipeError(f"{folder}: {str(error).rstrip('.')}. Name the recipe with --recipe.") from error
+    run = replace(run, run_dir=place, **{name: value for name, value in _made_with(folder).items() if _is_default(run, name)})
+    return Attributor(found.model, found.task, run_dir=place, **_options(found, run)), found
+
+
+def _is_default(run: RunOptions, name: str) -> bool:
+    return bool(getattr(run, name) == getattr(RunOptions, name))
+
+
+def _made_with(folder: Path) -> dict[str, Any]:
+    """Return the options that `run.json` says an index was made with."""
+    from whence.index.stored import StoredIndex
+    from whence.storage.run import read_records
+
+    settings = StoredIndex.open(folder).settings
+    for record in reversed(read_records(folder.resolve().parent.parent / "run.json")):
+        if isinstance(record, dict) and record.get("call") == "index" and record.get("settings") == settings:
+            options = record.get("options") or {}
+            return {name: options[name] for name, kind in _RECORDED.items() if isinstance(options.get(name), kind)}
+    return {}
 
 
 def origin(spec: str, data: DataOptions) -> dict[str, Any]:

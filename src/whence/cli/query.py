@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 from whence.cli import output
 from whence.cli.groups import check_by, group_entry, group_lines, groups_by
 from whence.cli.listing import query_entry, query_lines
-from whence.cli.opening import Flat, RecipeName, open_recipe, run_folder
+from whence.cli.opening import Flat, IndexName, IndexRecipe, open_index
 from whence.cli.options import AskOptions, DataOptions, ListOptions, RunOptions
 from whence.cli.questions import Question, as_one, check_one_kind, questions, read_lines
 from whence.cli.tokens import mark_tokens
 from whence.cli.values import Share, Switch
-from whence.errors import ConfigError
 
 if TYPE_CHECKING:
     from whence.index.answer import Answer
@@ -21,13 +20,14 @@ if TYPE_CHECKING:
 
 
 def query(
-    recipe: RecipeName,
+    source: IndexName,
     /,
     *,
     ask: Annotated[AskOptions, Flat] = AskOptions(),  # noqa: B008  (read only; the parser makes a new one per call)
     by: str | None = None,
     tokens: Switch = False,
-    strategy: str = "ekfac",
+    recipe: IndexRecipe = None,
+    strategy: str | None = None,
     name: str | None = None,
     rescore: Share = 0.05,
     listing: Annotated[ListOptions, Flat] = ListOptions(),  # noqa: B008
@@ -39,26 +39,21 @@ def query(
     Args:
         by: Add up groups of rows instead, and say how far from chance (z): label, a column of the data, or cluster:20 for 20 clusters.
         tokens: Mark under each row the tokens that its score comes from most, and those of the query.
-        strategy: The index to ask, by its name or the strategy's.
+        strategy: The index to ask, by its name or the strategy's. Default: ekfac.
         name: Folder of the index in the run folder, if it was given one.
         rescore: Share of the rows, half of it at either end by the index, that are scored exactly; 0 takes the index's own scores.
     """
-    from whence.index.index import Index
     from whence.scores.request import check_name
 
     check_name(name)
     check_one_kind(ask)
     check_by(by, tokens=tokens)
     lines = None if ask.file is None else read_lines(ask.file)
-    attributor, found = open_recipe(recipe, run, data)
-    folder = run_folder(found, run) / "index" / (name or strategy)
-    if not folder.exists():
-        raise ConfigError(f"{folder} does not exist: there is no index to ask. Run first: whence index {recipe}, or name one with --name.")
+    attributor, found, index = open_index(source, run, data, recipe=recipe, strategy=strategy, name=name)
     asked = questions(found, ask, lines)
     rows = [question.row for question in asked]
     heads = [as_one(found, ask, asked)] if ask.together else asked
-    index = Index(attributor, folder, train=found.train)
-    shown: dict[str, Any] = {"recipe": found.name, "index": str(folder)}
+    shown: dict[str, Any] = {"recipe": found.name, "index": str(index.folder)}
     if by is not None:
         made = groups_by(found, attributor, by, run.seed)
         groups = index.by_group(rows, [made.names[place] for place in index.places()], together=ask.together)

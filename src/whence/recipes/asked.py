@@ -6,11 +6,16 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+
 from whence.errors import ConfigError, DataError
 from whence.evaluate.embeddings import only_looking
 from whence.recipes.family import Family
 from whence.recipes.rows import Row
 from whence.recipes.settings import DataSettings
+from whence.tasks.likelihoods import IGNORE
+
+NEW_TOKENS = 32
 
 Encode = Callable[[Mapping[str, Any]], Row]
 
@@ -58,6 +63,39 @@ def asker(family: Family, encode: Encode, data: DataSettings) -> Callable[[str],
         return encode({columns[0]: text})
 
     return ask
+
+
+def generator(family: Family, model: Any, tokenizer: Any, data: DataSettings) -> Callable[[str], Row] | None:
+    """Return what makes a row of a text and of what the model itself goes on with; None: the model generates nothing.
+
+    Only the continuation is measured: the tokens of the text have no labels. It is the likeliest token at every step.
+    """
+    if not (family.joins_rows and callable(getattr(model, "generate", None))):
+        return None
+
+    def generate(text: str) -> Row:
+        begun = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        longest = int(data.max_length or 512)
+        if not 1 <= len(begun) < longest:
+            raise DataError(f"the text has {len(begun)} tokens; to go on with it, the model needs 1 to {longest - 1}. Give another.")
+        device = next(model.parameters()).device
+        ids = torch.tensor([begun], device=device)
+        with only_looking(model, device):
+            made = model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=min(NEW_TOKENS, longest - len(begun)),
+                do_sample=False,
+                pad_token_id=tokenizer.eos_token_id,
+            )
+        tokens = made[0].tolist()
+        if len(tokens) == len(begun):
+            raise DataError("the model goes on with nothing. Give another text, or ask about this one itself.")
+        labels = [IGNORE] * len(begun) + tokens[len(begun) :]
+        said = [tokenizer.decode(part) for part in (tokens, tokens[len(begun) :])]
+        return {"input_ids": tokens, "labels": labels, "text": said[0], "continuation": said[1]}
+
+    return generate
 
 
 def _said(tokenizer: Any, text: str, data: DataSettings) -> Row:

@@ -48,6 +48,8 @@ class Recipe:
         picture: image of a row, as `whence.report.pictures.picture` takes it; 0 is paper and 1 is ink.
         ask: makes a row to ask about of a text.
         encode: makes a row to ask about of a raw row: a dict with the columns of the data set.
+        generate: makes a row of a text and what the model goes on with, of which only the latter is measured; it may have a
+            `"continuation"`, for people.
         layers: which layers to track, as for `whence.Attributor`.
         layer_sets: lists of layers that can be asked for by a name.
         raw: training rows as they were read, to be filtered and written again; None: there are none.
@@ -75,6 +77,7 @@ class Recipe:
     picture: Callable[[Any], Tensor] | None = None
     ask: Callable[[str], Any] | None = None
     encode: Callable[[Mapping[str, Any]], Any] | None = None
+    generate: Callable[[str], Any] | None = None
     layers: str | Sequence[str] | None = None
     layer_sets: Mapping[str, Sequence[str]] = field(default_factory=dict)
     raw: Sequence[dict[str, Any]] | None = None
@@ -104,7 +107,7 @@ class Recipe:
                 raise RecipeError(
                     f"Recipe {self.name}: {name} is {_what(rows)}; give rows with __len__ and __getitem__: a list or a map-style data set."
                 )
-        for name in ("collate", "describe", "tokens", "picture", "ask", "encode"):
+        for name in ("collate", "describe", "tokens", "picture", "ask", "encode", "generate"):
             if getattr(self, name) is not None and not callable(getattr(self, name)):
                 raise RecipeError(f"Recipe {self.name}: {name} is {_what(getattr(self, name))}; give a function or None.")
 

@@ -21,7 +21,7 @@ import torch
 from whence.errors import ConfigError, DataError
 from whence.pretrained import open_pretrained
 from whence.pretrained.kinds import need, quiet
-from whence.recipes.asked import asker, encoder
+from whence.recipes.asked import asker, encoder, generator
 from whence.recipes.base import Recipe
 from whence.recipes.family import Family
 from whence.recipes.pieces import pieces
@@ -158,6 +158,7 @@ def open_finetuned(family: Family, checkpoint_dir: str | Path | None, data: Data
         tokens=partial(pieces, tokenizer),
         ask=asker(family, encode, data),
         encode=encode,
+        generate=generator(family, model, tokenizer, data),
         layer_sets=family.layer_sets,
         raw=train.raw,
         flipped=train.flipped,
