@@ -22,6 +22,7 @@ from whence.cli.demo import demo
 from whence.cli.plan import plan
 from whence.cli.query import query
 from whence.cli.report import report
+from whence.cli.serve import serve
 from whence.cli.train import train
 from whence.errors import MismatchError, NotFittedError, NumericalError, StorageError, WhenceError
 
@@ -35,6 +36,7 @@ EXAMPLES = {
     "top": "whence top digits --query 0,3 --k 5 --bottom",
     "index": "whence index digits --keep 1/64",
     "query": "whence query digits --query 0,3 --k 5",
+    "serve": "whence serve runs/digits/index/ekfac",
     "evaluate lds": "whence evaluate lds digits --scores ekfac --masks 4 --repeats 1",
     "evaluate counterfactual": "whence evaluate counterfactual digits --scores ekfac --remove 20 --mode sum",
     "evaluate agreement": "whence evaluate agreement runs/digits/scores/ekfac runs/digits/scores/identity",
@@ -66,6 +68,7 @@ VERBS: dict[str, Callable[..., None]] = {
     **{f"evaluate {name}": verb for name, verb in evaluate.VERBS.items()},
     "clean": clean,
     "report": report,
+    "serve": serve,
     "demo": demo,
 }
 

@@ -1,0 +1,1 @@
+"""A local page on which an index is asked, and its JSON routes."""
