@@ -27,6 +27,7 @@ ORDER = [
     "__main__",
     "cli",
     "demo",
+    "serve",
     "evidence",
     "report",
     "__init__",

@@ -63,7 +63,9 @@ def open_index(
         attributor, found = open_recipe(spec, run, data)
         folder = run_folder(found, run) / "index" / (name or strategy or "ekfac")
         if not folder.exists():
-            raise ConfigError(f"{folder} does not exist: there is no index to ask. Run first: whence index {spec}, or name one with --name.")
+            raise ConfigError(
+                f"{folder} does not exist: there is no index to ask. Run first: whence index {spec}, or name one with --name."
+            )
         return attributor, found, Index(attributor, folder, train=found.train)
     if run.run_dir is not None or name is not None or strategy is not None:
         raise ConfigError(f"{folder} says which index it is; leave --run-dir, --name and --strategy out.")

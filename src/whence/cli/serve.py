@@ -44,7 +44,7 @@ def serve(
     check_name(name)
     with listening(host, port) as bound:
         if not is_loopback(host):
-            output.message(f"--host {host}: everyone who reaches this machine can ask the model and read its training rows; nothing asks for a password.")
+            output.message(f"--host {host}: whoever reaches this machine can ask the model and read training rows; there is no password.")
         _, found, index = open_index(source, run, data, recipe=recipe, strategy=strategy, name=name)
 
         def ready(url: str) -> None:

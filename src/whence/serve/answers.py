@@ -14,7 +14,7 @@ from whence.errors import ConfigError
 from whence.index.index import Index
 from whence.recipes.base import Recipe
 from whence.report.rows import RowSource, Shelf, class_name, classifier, shown_row, token_texts
-from whence.report.run_scores import about, effect, explain_reading, number, shades
+from whence.report.run_scores import about, effect, number, shades
 
 LONGEST, MOST_ROWS, MOST_TOKENS = 20_000, 100, 2_000
 _PAGE, _KEPT, _CLASSES = 48, 32, 5
