@@ -43,6 +43,7 @@ def serve(
 
     check_name(name)
     with listening(host, port) as bound:
+        address = url_of(bound)
         if not is_loopback(host):
             output.message(f"--host {host}: whoever reaches this machine can ask the model and read training rows; there is no password.")
         _, found, index = open_index(source, run, data, recipe=recipe, strategy=strategy, name=name)
@@ -55,4 +56,4 @@ def serve(
         try:
             serve(Answers(found, index, rescore=rescore, k=k), bound, host=host, ready=ready)
         except KeyboardInterrupt:
-            output.message(f"Stopped serving at {url_of(bound)}")
+            output.message(f"Stopped serving at {address}")

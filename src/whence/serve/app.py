@@ -14,7 +14,7 @@ from whence.errors import ConfigError, WhenceError
 from whence.report.embedded import safe_json
 from whence.runtime.packages import need
 from whence.serve.answers import Answers, Question
-from whence.serve.desk import Desk
+from whence.serve.desk import Desk, StoppedError
 from whence.serve.guard import Guard
 
 MOST_BYTES = 256 * 1024
@@ -99,6 +99,8 @@ async def _answered(desk: Desk, answer: Callable[[dict[str, Any]], dict[str, Any
         return _json(safe_json({"error": str(error)}), 400)
     except queue.Full:
         return _json(safe_json({"error": "other questions are being answered; ask again in a moment."}), 503)
+    except StoppedError:
+        return _json(safe_json({"error": "whence serve has been stopped."}), 503)
     except Exception:  # noqa: BLE001  (whoever asked learns that it failed, the terminal why)
         _LOG.exception("a question was not answered")
         return _json(safe_json({"error": UNEXPECTED}), 500)

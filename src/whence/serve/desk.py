@@ -12,6 +12,10 @@ T = TypeVar("T")
 WAITING = 8
 
 
+class StoppedError(Exception):
+    """Nobody does the job any more."""
+
+
 class Desk:
     """A short queue of jobs for one worker.
 
@@ -26,7 +30,7 @@ class Desk:
         """Have a job done, and return what it returns.
 
         Raises:
-            queue.Full: too many are waiting. What the job raises.
+            queue.Full: too many are waiting. StoppedError: the worker ended. What the job raises.
         """
         future: Future[T] = Future()
         self._jobs.put_nowait((job, future))
@@ -46,5 +50,12 @@ class Desk:
             except Exception as error:  # noqa: BLE001  (raised again where it was asked for)
                 future.set_exception(error)
             except BaseException:
-                future.set_exception(asyncio.CancelledError())
+                future.set_exception(StoppedError())
                 raise
+
+    def close(self) -> None:
+        """Send away whoever still waits."""
+        while not self._jobs.empty():
+            _, future = self._jobs.get_nowait()
+            if future.set_running_or_notify_cancel():
+                future.set_exception(StoppedError())

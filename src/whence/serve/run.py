@@ -6,7 +6,6 @@ import contextlib
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from whence.errors import ConfigError
 from whence.runtime.packages import need
@@ -88,9 +87,6 @@ def serve(answers: Answers, bound: socket.socket, *, host: str, ready: Callable[
         ready(url_of(bound))
         desk.work(thread.is_alive)
     finally:
-        _stop(server, thread)
-
-
-def _stop(server: Any, thread: threading.Thread) -> None:
-    server.should_exit = True
-    thread.join(3)
+        desk.close()
+        server.should_exit = True
+        thread.join(3)

@@ -74,7 +74,10 @@
   };
   const meaning = (answer) => {
     const asked = answer.asked;
-    if (has(asked, "continuation")) return "Asked: what made the model go on so. Only the marked continuation is measured, not the text before it.";
+    if (has(asked, "continuation")) {
+      const given = asked.text.slice(0, Math.max(0, asked.text.length - asked.continuation.length)).trim();
+      return "Asked: what made the model go on so after “" + (given.length > 90 ? "…" + given.slice(-89) : given) + "”. Only what it went on with is measured.";
+    }
     if (has(asked, "query")) {
       const turned = has(asked, "says") && has(asked, "label") && asked.says !== asked.label;
       return "Asked: what made the model give this query " + (has(asked, "label") ? "its label, “" + asked.label + "”." : "its score.")
