@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import finetuned
 import whence
@@ -307,9 +308,11 @@ def test_only_what_the_model_goes_on_with_is_measured(language: tuple[Answers, w
     assert row["input_ids"][begun:] == row["labels"][begun:]
     assert set(row["labels"][:begun]) == {-100}
     assert len(row["input_ids"]) <= 16, "the longest block that the model was trained on"
-    whole = recipe.task.measurement(recipe.model, recipe.collate([{"input_ids": row["input_ids"]}]))
-    prefix = recipe.task.measurement(recipe.model, recipe.collate([{"input_ids": row["input_ids"][:begun]}]))
-    measured = recipe.task.measurement(recipe.model, recipe.collate([row]))
-    assert float(measured) == pytest.approx(float(whole - prefix), rel=1e-4)
+    with torch.no_grad():
+        whole, prefix, measured = (
+            float(recipe.task.measurement(recipe.model, recipe.collate([one])))
+            for one in ({"input_ids": row["input_ids"]}, {"input_ids": row["input_ids"][:begun]}, row)
+        )
+    assert measured == pytest.approx(whole - prefix, rel=1e-4)
     with pytest.raises(whence.errors.DataError, match="0 tokens"):
         recipe.generate("")
