@@ -107,6 +107,7 @@ def test_serving_ends_with_ctrl_c(folder: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
+@pytest.mark.slow
 def test_ctrl_c_ends_a_question_too(folder: Path) -> None:
     process, url = started(folder, "runs/tiny", "--recipe", "recipe.py:tiny")
     asking = subprocess.Popen(

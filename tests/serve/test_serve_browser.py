@@ -55,12 +55,13 @@ def test_an_own_query_is_chosen_with_the_keyboard(browser: Browser, tmp_path: Pa
     answers, _ = answers_of(found, tmp_path / "run")
     with served(answers) as url:
         browser.open(url)
-        browser.until("document.querySelectorAll('#queries button:enabled').length == 4")
+        browser.until("document.querySelectorAll('#queries button').length == 4 && !document.querySelector('.waiting')")
         assert browser.run("document.getElementById('text').hidden && document.getElementById('go').hidden")
         browser.run("document.querySelector('#queries li:nth-child(3) button').focus()")
         browser.press("Enter", 13, text="\r")
         browser.until(ANSWERED)
         assert browser.run("document.querySelector('.ask strong').textContent") == "Query 2"
+        assert browser.run("document.activeElement.id") == "own-title", "the keyboard goes on from where it was"
         assert browser.run("document.querySelector('#queries button[aria-pressed=true]').dataset.query") == "2"
 
 

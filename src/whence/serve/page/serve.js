@@ -30,7 +30,7 @@
     busy = true;
     fail("");
     tell(waiting, true);
-    for (const one of document.querySelectorAll("main button")) one.disabled = true;
+    document.body.classList.add("waiting");
     try {
       tell(await work() || "");
     } catch (error) {
@@ -38,7 +38,7 @@
       fail(error.message);
     } finally {
       busy = false;
-      for (const one of document.querySelectorAll("main button")) one.disabled = false;
+      document.body.classList.remove("waiting");
     }
   };
 
@@ -130,6 +130,7 @@
     for (const button of byId("queries").querySelectorAll("button")) {
       button.setAttribute("aria-pressed", String(Number(button.dataset.query) === question.query));
     }
+    if (byId("own").contains(document.activeElement)) byId("own").querySelector("summary").focus({ preventScroll: true });
     if (has(answer.asked, "query")) byId("own").open = false;
     show(answer);
     byId("asked").scrollIntoView({ block: "nearest" });
@@ -165,15 +166,15 @@
       item.classList.add("marked");
       button.setAttribute("aria-pressed", "true");
       return "Tokens marked: row " + item.dataset.row + ", exact score " + found.score + ".";
-    }).then(() => button.focus());
+    });
   };
 
   const choice = (query) => {
     const wrong = has(query, "says") && has(query, "label") && query.says !== query.label;
     const button = make("button", "",
       image(query, ""),
-      make("span", "", "Query " + query.query, has(query, "label") ? ": " + query.label : ""),
-      wrong ? make("span", "off", "read as " + query.says) : null,
+      make("span", "", "Query " + query.query),
+      has(query, "label") ? make("span", wrong ? "off" : "", query.label + (wrong ? ", read as " + query.says : "")) : null,
       has(query, "text") ? make("span", "clip", query.text) : null);
     button.type = "button";
     button.dataset.query = query.query;
