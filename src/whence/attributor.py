@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from torch import Tensor
 
@@ -237,7 +237,7 @@ class Attributor(IndexBench):
         *,
         projection: Kind = "factors",
         keep: float = 1 / 64,
-        dtype: Dtype = "int8",
+        dtype: Dtype | Literal["auto"] = "auto",
         strategy: StrategyName | None = None,
         damping: DampingLike = "auto",
         response: ResponseLike = "inverse",

@@ -23,7 +23,8 @@ from whence.errors import MismatchError
 from whence.index.balance import Balance, balance
 from whence.index.claim import checked_ids, claim_first, claim_more, finish
 from whence.index.fidelity import drawn_for_fidelity, fidelity
-from whence.index.make import make_projection
+from whence.index.make import make_dense, make_factors
+from whence.index.pilot import best_spent
 from whence.index.projection import Held, Projection, RowSettings
 from whence.index.stored import StoredIndex
 from whence.index.writer import IndexWriter
@@ -163,15 +164,19 @@ class IndexBench(TokenBench):
             balances = {layer.name: balance(weighed.basis(layer.name), weighed.weight(layer.name), like) for layer in layers}
             shapes = {layer.name: layer.shape for layer in layers}
             one_hot = {layer.name for layer in layers if any(site.handler.one_hot for site in layer.sites)}
+            if made.projection == "factors":
+                projection: Projection = best_spent(recorder, rows, make_factors(made, balances, energies, shapes))
+            else:
+                projection = make_dense(made, balances, energies, shapes, one_hot)
             yield _Ready(
                 recorder=recorder,
                 preconditioner=weighed,
                 balances=balances,
-                projection=make_projection(made, balances, energies, shapes, one_hot),
+                projection=projection,
                 settings={
                     "strategy": strategy,
                     "spectrum": spectrum.to_json(),
-                    "rows": made.to_json(),
+                    "rows": projection.settings.to_json(),
                     "indexed": list(shapes),
                     "factors": self._fitted(factors, seen),
                     **seen.identity,
@@ -180,11 +185,11 @@ class IndexBench(TokenBench):
             )
 
     def _curved(self, factors: ShardStore | None, spectrum: Spectrum, made: RowSettings) -> tuple[Preconditioner, dict[str, Tensor | None]]:
-        """Return the preconditioner, and what `pca` goes by: eigenvalue times weight of each layer, where it has any."""
+        """Return the preconditioner, and what `pca` and `factors` go by: eigenvalue times weight of each layer, where it has any."""
         curvature = stored_curvature(factors, self._layers)
         weighed = self._weighed(curvature, spectrum)
         energies: dict[str, Tensor | None] = {}
-        for name, layer in curvature.items() if made.projection == "pca" else ():
+        for name, layer in curvature.items() if made.projection in ("pca", "factors") else ():
             weights = weighed.weight(name)
             energies[name] = None if layer.eigenvalues is None or weights is None else layer.eigenvalues.to(weights) * weights
         return weighed, energies

@@ -15,6 +15,7 @@ from cases import EMPIRICAL, STRATEGIES, case_named, watch
 from whence import indexing, workbench
 from whence.errors import ConfigError, DataError, MismatchError, StorageError
 from whence.index import writer
+from whence.index.cut import Cut
 from whence.index.factors import FactorBatch, FactorRows, Triplets
 from whence.index.index import Index
 from whence.index.projection import RowSettings
@@ -144,7 +145,8 @@ def test_triplets_are_the_best_of_their_number() -> None:
 def test_triplets_that_do_not_fit_leave_room_for_cheaper_ones() -> None:
     shapes = {"large": (1, 100, 100), "small": (1, 4, 4)}
     settings = RowSettings(keep=1000 / (4 * 10016), dtype="float32")  # one large triplet takes 808 bytes, one small 40
-    rows = FactorRows(balances={}, shapes=shapes, settings=settings)
+    cuts = {name: Cut(sizes=shape[1:]) for name, shape in shapes.items()}
+    rows = FactorRows(balances={}, shapes=shapes, cuts=cuts, settings=settings)
     nothing, values = torch.zeros(1), {"large": [3.0, 2.9], "small": [0.1, 0.05]}
     found = {name: Triplets(left=nothing, right=nothing, values=torch.tensor([own])) for name, own in values.items()}
     chosen = FactorBatch(projection=rows, examples=1, found=found)._chosen()

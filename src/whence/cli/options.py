@@ -184,7 +184,7 @@ class IndexOptions:
     keep: Fraction = 1 / 64
     """Bytes of a row as a share of the float32 gradient's, for example 1/64."""
 
-    dtype: Literal["float32", "bfloat16", "int8", "int4"] = "int8"
+    dtype: Literal["auto", "float32", "bfloat16", "int8", "int4"] = "auto"
     """Type of the numbers that are kept."""
 
 

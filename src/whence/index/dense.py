@@ -124,7 +124,7 @@ class DenseRows:
     @property
     def row_bytes(self) -> int:
         """Bytes of a row."""
-        return sum(vector_bytes(part.size, self.settings.dtype) + _SCALE_BYTES for part in self.parts.values())
+        return sum(vector_bytes(part.size, self.settings.number_type) + _SCALE_BYTES for part in self.parts.values())
 
     def hold(self, queries: int) -> Tensor:
         """Return the queries' numbers `[query, number]`, all zero."""
@@ -150,7 +150,7 @@ class DenseRows:
 
     def numbers(self, rows: Tensors, some: slice = slice(None)) -> Tensor:
         """Return stored rows as float32 `[row, number]`."""
-        dtype, sizes = self.settings.dtype, [part.size for part in self.parts.values()]
+        dtype, sizes = self.settings.number_type, [part.size for part in self.parts.values()]
         values, scales = rows[VALUES][some], rows[SCALES][some]
         if not dtype.startswith("int"):
             return values.float()
@@ -175,7 +175,7 @@ class DenseBatch:
 
     def close(self) -> dict[str, Tensor]:
         """Return the batch's rows."""
-        dtype = self.projection.settings.dtype
+        dtype = self.projection.settings.number_type
         encoded = [
             encode(self.found.get(name, torch.zeros(self.examples, part.size)), dtype) for name, part in self.projection.parts.items()
         ]
@@ -184,7 +184,7 @@ class DenseBatch:
 
 def least_bytes(shapes: Mapping[str, tuple[int, int, int]], settings: RowSettings) -> int:
     """Return the bytes of a row that has one number of each layer."""
-    return len(shapes) * (vector_bytes(1, settings.dtype) + _SCALE_BYTES)
+    return len(shapes) * (vector_bytes(1, settings.number_type) + _SCALE_BYTES)
 
 
 def dense_rows(
@@ -197,7 +197,7 @@ def dense_rows(
     """Share a row's bytes among the layers by their sizes, and make each layer's part."""
     total = sum(map(math.prod, shapes.values()))
     scales = _SCALE_BYTES * len(shapes)
-    share = numbers_in(max(0, int(4 * total * settings.keep) - scales), settings.dtype) / total
+    share = numbers_in(max(0, int(4 * total * settings.keep) - scales), settings.number_type) / total
     parts: dict[str, Part] = {}
     for number, (name, shape) in enumerate(shapes.items()):
         generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + number)

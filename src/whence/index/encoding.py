@@ -22,7 +22,7 @@ def check_dtype(dtype: str) -> None:
         ConfigError: it is none of the four.
     """
     if dtype not in get_args(Dtype):
-        raise ConfigError(f"dtype={dtype!r} is not known; choose from {', '.join(map(repr, get_args(Dtype)))}.")
+        raise ConfigError(f"dtype={dtype!r} is not known; choose from 'auto', {', '.join(map(repr, get_args(Dtype)))}.")
 
 
 def vector_bytes(numbers: int, dtype: Dtype) -> int:

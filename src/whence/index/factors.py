@@ -2,14 +2,14 @@
 
 A gradient of a few tokens is a sum of a few outer products, and most of what scores see of it is in fewer still. Each row gets the
 same bytes; which layers they go to is chosen for the row, by singular value squared over cost, in the coordinates in which rows and
-queries share the curvature's weights (`balance.py`). LoRIF (2601.21929) keeps a fixed rank of projected gradients; here nothing
-is projected before.
+queries share the curvature's weights (`balance.py`), of the leading coordinates alone where that lets more triplets in (`cut.py`).
+LoRIF (2601.21929) keeps a fixed rank of projected gradients.
 
-Triplets come whole and exact from dense decompositions: of T positions at a cost of T^2 (in + out) + T^3 for every layer and row,
-where T is below both sides, and else of the gradient itself. For long rows this is most of the time.
+Where a row may have few triplets of a layer, a random range finder with two power steps makes them out of its T positions, at a
+cost of few products with T (in + out); else they come whole from dense decompositions of T^2 (in + out) + T^3, or of the gradient.
 
 A shard holds, for layer number l, `l/left` `[triplet, out]`, `l/right` `[triplet, in]`, `l/scale` `[triplet]` and `l/row`
-`[triplet]`, the place of the example that a triplet is of. Layers with groups count as one matrix `[group, out * in]`.
+`[triplet]`, the place of the example that a triplet is of; `out` and `in` are the coordinates kept.
 """
 
 from __future__ import annotations
@@ -17,19 +17,23 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from whence.capture.contract import working_set
-from whence.capture.pair import LayerGradient, Pair
+from whence.capture.pair import Basis, LayerGradient, Pair
 from whence.index.balance import Balance
-from whence.index.encoding import decode, encode, vector_bytes
+from whence.index.cut import Cut, make_cut
+from whence.index.encoding import Dtype, decode, encode, vector_bytes
 from whence.index.projection import RowSettings, Tensors
 from whence.index.sides import Sides, two_sides
 
 _CHUNK_NUMBERS = 2**19
 """Numbers that are decoded at a time when rows meet queries: 2 MiB, which stay in the processor's cache."""
+_SPARE = 8
+"""Directions beyond those wanted that a range finder looks along."""
 _OVERHEAD = 8
 """Bytes of a triplet beside its vectors: its scale and its row."""
 
@@ -65,7 +69,25 @@ class FactorRows:
 
     balances: Mapping[str, Balance]
     shapes: Mapping[str, tuple[int, int, int]]
+    cuts: Mapping[str, Cut]
     settings: RowSettings
+
+    @classmethod
+    def make(
+        cls,
+        balances: Mapping[str, Balance],
+        energies: Mapping[str, Tensor | None],
+        shapes: Mapping[str, tuple[int, int, int]],
+        settings: RowSettings,
+    ) -> FactorRows:
+        """Cut each layer to the share of the coordinates that the settings say."""
+        cuts = {name: make_cut(shape, balances[name].rows, energies.get(name), settings.coordinates or 1) for name, shape in shapes.items()}
+        return cls(balances=balances, shapes=shapes, cuts=cuts, settings=settings)
+
+    @cached_property
+    def bases(self) -> dict[str, Basis]:
+        """What turns training gradients into the coordinates that are kept, by layer."""
+        return {name: cut.basis(self.balances[name].rows) for name, cut in self.cuts.items()}
 
     @property
     def budget(self) -> int:
@@ -79,13 +101,13 @@ class FactorRows:
 
     def cost(self, layer: str) -> int:
         """Bytes of one triplet of a layer."""
-        return sum(vector_bytes(side, self.settings.dtype) for side in _matrix(self.shapes[layer])) + _OVERHEAD
+        return sum(vector_bytes(side, self.settings.number_type) for side in self.cuts[layer].sizes) + _OVERHEAD
 
     def most(self, layer: str) -> int:
         """Triplets that a row may have of one layer: as many as its bytes hold, but four times and one more than an even share at most."""
         # What more a layer could use is worth little, and every candidate costs time.
         even = self.budget / sum(map(self.cost, self.shapes))
-        return min(*_matrix(self.shapes[layer]), 1 + math.ceil(4 * even), max(1, self.budget // self.cost(layer)))
+        return min(*self.cuts[layer].sizes, 1 + math.ceil(4 * even), max(1, self.budget // self.cost(layer)))
 
     def batch(self, examples: int) -> FactorBatch:
         """Begin a batch."""
@@ -107,9 +129,10 @@ class FactorRows:
     def fill(self, held: HeldMatrices, layer: str, first: int, values: Tensor) -> None:
         """Take a layer's part of some queries."""
         # Whole matrices, in memory as large as the queries of `scores` need: a row's triplets are not known beforehand.
+        cut = self.cuts[layer]
         if layer not in held.matrices:
-            held.matrices[layer] = torch.zeros(held.queries, *_matrix(self.shapes[layer]))
-        held.matrices[layer][first : first + len(values)] = values.reshape(len(values), *_matrix(self.shapes[layer]))
+            held.matrices[layer] = torch.zeros(held.queries, *cut.sizes)
+        held.matrices[layer][first : first + len(values)] = cut.of(values)
 
     def settle(self, held: HeldMatrices) -> HeldSides:
         """Return the queries as products of few vectors, layer by layer."""
@@ -132,8 +155,8 @@ class FactorRows:
         step = max(1, _CHUNK_NUMBERS // max(inputs, outputs, queries * rank))
         for start in range(0, len(triplets["row"]), step):
             some = slice(start, start + step)
-            products = decode(triplets["right"][some], self.settings.dtype, inputs) @ right
-            products *= decode(triplets["left"][some], self.settings.dtype, outputs) @ left
+            products = decode(triplets["right"][some], self.settings.number_type, inputs) @ right
+            products *= decode(triplets["left"][some], self.settings.number_type, outputs) @ left
             scores = products.unflatten(1, (queries, rank)).sum(2) if rank > 1 else products
             scores *= triplets["scale"][some, None]
             result.index_add_(0, triplets["row"][some], scores)
@@ -149,24 +172,34 @@ class FactorBatch:
 
     def add(self, layer: str, gradient: LayerGradient) -> None:
         """Take in a layer's gradients."""
-        balance, most = self.projection.balances[layer], self.projection.most(layer)
-        basis, budget = balance.rows, working_set(balance.like.device.type)
+        projection, most = self.projection, self.projection.most(layer)
+        basis, budget = projection.bases[layer], working_set(projection.balances[layer].like.device.type)
         pair = gradient.live() if isinstance(gradient, Pair) else gradient
         if isinstance(pair, Pair) and pair.sizes.groups == 1 and pair.sizes.positions < min(pair.sizes.inputs, pair.sizes.outputs):
             rotated = pair.rotated(basis)
             self.found[layer] = _of_pair(rotated.g[:, 0], rotated.inputs()[:, 0], most)
             return
-        shape = _matrix(self.projection.shapes[layer])
-        formed = [_of_matrix(part.reshape(len(part), *shape), most) for _, part in pair.gradients(basis, budget)]
+        sizes = projection.cuts[layer].sizes
+        formed = [_of_matrix(part.reshape(len(part), *sizes), most) for _, part in pair.gradients(basis, budget)]
         left, right, values = (torch.cat(parts) for parts in zip(*((t.left, t.right, t.values) for t in formed), strict=True))
         self.found[layer] = Triplets(left=left, right=right, values=values)
 
+    def worth(self) -> Tensor:
+        """Return the energy that each row's bytes would keep, rounding counted, float64 `[example]`."""
+        dtype, worth = self.projection.settings.number_type, torch.zeros(self.examples, dtype=torch.float64)
+        for name, kept in self._chosen().items():
+            triplets = self.found[name]
+            lost = _rounded(triplets.left[kept], dtype) + _rounded(triplets.right[kept], dtype)
+            energy = triplets.values[kept].double().square() * (1 - lost)
+            worth.index_add_(0, kept.nonzero()[:, 0], energy.cpu())
+        return worth
+
     def close(self) -> dict[str, Tensor]:
         """Choose each row's triplets and return them."""
-        chosen, dtype = self._chosen(), self.projection.settings.dtype
+        chosen, dtype = self._chosen(), self.projection.settings.number_type
         tensors: dict[str, Tensor] = {}
-        for number, (name, shape) in enumerate(self.projection.shapes.items()):
-            outputs, inputs = _matrix(shape)
+        for number, (name, cut) in enumerate(self.projection.cuts.items()):
+            outputs, inputs = cut.sizes
             nothing = Triplets(left=torch.zeros(0, 0, outputs), right=torch.zeros(0, 0, inputs), values=torch.zeros(0, 0))
             triplets = self.found.get(name, nothing)
             kept = chosen.get(name, torch.zeros(0, 0, dtype=torch.bool))
@@ -195,14 +228,25 @@ class FactorBatch:
         return dict(zip(self.found, kept.split(ranks, dim=1), strict=True))
 
 
-def _matrix(shape: tuple[int, int, int]) -> tuple[int, int]:
-    """Return the shape of the one matrix that a layer's gradient counts as."""
-    groups, outputs, inputs = shape
-    return (outputs, inputs) if groups == 1 else (groups, outputs * inputs)
+def _rounded(vectors: Tensor, dtype: Dtype) -> Tensor:
+    """Return the share of each unit vector's energy that its type loses, float64 `[vector]`."""
+    values, scale = encode(vectors, dtype)
+    return (decode(values, dtype, vectors.shape[-1]) * scale.unsqueeze(-1) - vectors).double().square().sum(-1)
 
 
 def _of_pair(g: Tensor, a: Tensor, most: int) -> Triplets:
     """Return the leading triplets of `g^T a`, of `[example, position, out]` and `[example, position, in]`."""
+    g, a = _finite(g), _finite(a)
+    rank = most + _SPARE
+    if 2 * rank < g.shape[1] and rank < min(g.shape[2], a.shape[2]):
+        drawn = torch.randn(a.shape[2], rank, generator=torch.Generator().manual_seed(0)).to(a)
+        outputs = torch.linalg.qr(g.mT @ (a @ drawn)).Q
+        for _ in range(2):
+            inputs = torch.linalg.qr(a.mT @ (g @ outputs)).Q
+            outputs = torch.linalg.qr(g.mT @ (a @ inputs)).Q
+        q_in, r_in = torch.linalg.qr(a.mT @ (g @ outputs))
+        u, values, vh = torch.linalg.svd(_finite(r_in.mT))
+        return Triplets(left=(outputs @ u[..., :most]).mT, right=vh[:, :most] @ q_in.mT, values=values[:, :most])
     q_out, r_out = torch.linalg.qr(g.mT)
     q_in, r_in = torch.linalg.qr(a.mT)
     u, values, vh = torch.linalg.svd(_finite(r_out @ r_in.mT))

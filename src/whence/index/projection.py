@@ -33,6 +33,11 @@ class RowBatch(Protocol):
 class Projection(Protocol):
     """Makes rows of training gradients, and scores of rows and queries."""
 
+    @property
+    def settings(self) -> RowSettings:
+        """How rows are made."""
+        ...
+
     def batch(self, examples: int) -> RowBatch:
         """Begin a batch."""
         ...
@@ -72,21 +77,31 @@ class RowSettings:
             leading eigenvectors on both sides; `"kronecker"`: random directions on both sides (LoGra, Choe et al., 2024);
             `"sjlt"`: a count sketch; `"none"`: all numbers.
         keep: bytes of a row as a share of the float32 gradient's; `"none"` keeps all numbers whatever it says.
-        dtype: `"float32"`, `"bfloat16"` or `"int8"`, of the numbers kept.
+        dtype: `"float32"`, `"bfloat16"`, `"int8"` or `"int4"`, of the numbers kept; `"auto"`: for factors int8 or int4, whichever
+            keeps more of a few of the rows, and for the others int8.
         seed: of random directions.
+        coordinates: of factors, the share of the leading eigenvectors on either side that they are made of; None: 1, 1/2, 1/4 or
+            1/8, whichever keeps more.
     """
 
     projection: Kind = "factors"
     keep: float = 1 / 64
-    dtype: Dtype = "int8"
+    dtype: Dtype | Literal["auto"] = "auto"
     seed: int = 0
+    coordinates: float | None = None
 
     def __post_init__(self) -> None:
         if self.projection not in get_args(Kind):
             raise ConfigError(f"projection={self.projection!r} is not known; choose from {', '.join(map(repr, get_args(Kind)))}.")
         if not (isinstance(self.keep, int | float) and 0 < self.keep <= 1):
             raise ConfigError(f"keep={self.keep!r} is no share of a gradient's bytes; give a number above 0 and up to 1, such as 1/64.")
-        check_dtype(self.dtype)
+        if self.dtype != "auto":
+            check_dtype(self.dtype)
+
+    @property
+    def number_type(self) -> Dtype:
+        """Type of the numbers, once it is settled."""
+        return "int8" if self.dtype == "auto" else self.dtype
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON values."""
