@@ -29,7 +29,7 @@ from whence.index.fidelity import fidelity, recall
 from whence.index.index import candidates
 from whence.recipes.base import load_recipe
 
-PLANS = ("factors:int8", "factors:int4", "pca:int8", "pca:int4", "kronecker:int8", "sjlt:int8")
+PLANS = ("factors:auto", "factors:int8", "factors:int4", "pca:int8", "pca:int4", "kronecker:int8", "sjlt:int8")
 KEEPS = ("1/1024", "1/256", "1/64", "1/16", "1/8")
 BEST, RESCORED = 10, 0.05
 RECALLS = ("recall", "recall_half", "recall_rescored")

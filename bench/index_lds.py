@@ -28,7 +28,7 @@ from whence.recipes.base import load_recipe
 from whence.runtime.progress import Stages
 
 KEEPS = ("1/1024", "1/256", "1/64")
-PLANS = ("factors:int8", "factors:int4", "pca:int8", "logix:int8", "trak:int8")
+PLANS = ("factors:auto", "pca:int8", "logix:int8", "trak:int8")
 
 
 def scored(attributor: Attributor, train: Any, queries: Any, plan: str, keep: str) -> dict[str, Any]:
