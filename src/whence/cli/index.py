@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Annotated
 
 from whence.cli import output
@@ -42,6 +43,9 @@ def index(
         name=name,
         overwrite=run.overwrite,
     )
-    values = {"recipe": found.name, "index": str(made.folder), "rows": len(made), "bytes_per_row": round(made.row_bytes), **vars(rows)}
-    output.data(output.facts(values), values, as_json=run.json)
+    values = {"recipe": found.name, "index": str(made.folder), "rows": len(made), "bytes_per_row": round(made.row_bytes)}
+    values |= {name: value for name, value in made.settings["rows"].items() if value is not None}
+    near = made.fidelity
+    shown = values if near is None else {**values, "fidelity": str(near)}
+    output.data(output.facts(shown), {**values, "fidelity": near and asdict(near)}, as_json=run.json)
     output.closing(attributor)
