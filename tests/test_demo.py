@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from whence.attributor import Attributor
-from whence.demo import DemoResult, run_demo
+from whence.demo.digits import DemoResult, run_demo
 from whence.errors import ConfigError
 from whence.report.digits_findings import signed
 

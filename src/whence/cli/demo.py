@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
@@ -12,22 +12,31 @@ from whence.cli.values import Switch, Whole
 
 
 def demo(
-    name: Annotated[Literal["digits"], Parameter(name="recipe")] = "digits",
+    name: Annotated[Literal["digits", "stdlib"], Parameter(name="recipe")] = "digits",
     /,
     *,
-    out: Path = Path("runs/demo"),
+    out: Path | None = None,
     seed: Whole = 0,
     json: Switch = False,
 ) -> None:
-    """Train a small network on handwritten digits with some wrong labels, find them, and write a report page.
+    """Train a small model on data that is on this machine, explain it, and write a report page.
+
+    digits, in a minute: find wrong labels among handwritten digits. stdlib, in minutes: train a language model on the
+    functions of Python's standard library, let it talk, and show which functions it learned that from.
 
     Args:
-        name: The demo. There is one, on data that scikit-learn ships.
-        out: Folder for the run and its report.html.
+        name: The demo: digits or stdlib (needs the extra hf).
+        out: Folder for the run and its report.html. Default: runs/demo, or runs/stdlib.
         seed: Seed of everything random.
         json: Print the data as JSON.
     """
-    from whence.demo import run_demo
+    result: Any
+    if name == "digits":
+        from whence.demo.digits import run_demo
 
-    result = run_demo(out=out, seed=seed)
+        result = run_demo(out=out or Path("runs/demo"), seed=seed)
+    else:
+        from whence.demo.stdlib import StdlibSettings, run_stdlib_demo
+
+        result = run_stdlib_demo(out=out or Path("runs/stdlib"), settings=StdlibSettings(seed=seed))
     output.data(str(result).splitlines(), result.to_json(), as_json=json)

@@ -19,13 +19,13 @@ Strategy = Literal["identity", "diagonal", "kfac", "ekfac"]
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions(DataSettings):
-    """Which trained model, and which data; for recipes that ask for them (glue, swag, wikitext)."""
+    """Which trained model, and which data; for recipes that ask for them (glue, stdlib, swag, wikitext)."""
 
     checkpoint_dir: Path | None = None
     """Folder of the trained model: of whence train, or a checkpoint of your own."""
 
     columns: Names | None = None  # type: ignore[assignment]  # a list on the command line
-    """Columns of the text, for data of your own: one or two for glue, the one of the text for wikitext."""
+    """Columns of the text, for data of your own: one or two for glue, the one of the text for wikitext and stdlib."""
 
     max_length: Count | None = None
     """Longest row in tokens; for wikitext the length of every block."""

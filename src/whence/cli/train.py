@@ -14,7 +14,7 @@ from whence.cli.values import Switch, Whole
 
 
 def train(
-    recipe: Annotated[Literal["glue", "swag", "wikitext"], Parameter(name="recipe")],
+    recipe: Annotated[Literal["glue", "stdlib", "swag", "wikitext"], Parameter(name="recipe")],
     /,
     *,
     data: Annotated[DataOptions, Flat] = DataOptions(),  # noqa: B008  (read only; the parser makes a new one per call)
@@ -26,7 +26,7 @@ def train(
     """Train a recipe's model with the Hugging Face Trainer and save it in --checkpoint-dir.
 
     Args:
-        recipe: glue, swag or wikitext.
+        recipe: glue, stdlib, swag or wikitext.
         snapshots: States in the midst of training to keep, for scores over a whole run.
         overwrite: Replace a model that is in the folder, or an unfinished training of something else.
         json: Print the data as JSON.

@@ -15,6 +15,7 @@ from whence.recipes.rows import Row
 from whence.recipes.settings import DataSettings
 from whence.tasks.likelihoods import IGNORE
 
+LANGUAGE_MODEL = "AutoModelForCausalLM"
 NEW_TOKENS = 32
 
 Encode = Callable[[Mapping[str, Any]], Row]
@@ -27,6 +28,7 @@ def encoder(family: Family, model: Any, tokenizer: Any, collate: Callable[[list[
     the row now.
     """
     columns, label = data.columns or (), str(data.label)
+    language = family.auto == LANGUAGE_MODEL
 
     def labelled(raw: Mapping[str, Any]) -> Row:
         try:
@@ -38,10 +40,10 @@ def encoder(family: Family, model: Any, tokenizer: Any, collate: Callable[[list[
     def encode(raw: Mapping[str, Any]) -> Row:
         missing = [column for column in columns if raw.get(column) is None]
         if missing:
-            also = "" if family.joins_rows else f", and {label} for another class than the model reads"
+            also = "" if language else f", and {label} for another class than the model reads"
             has = ", ".join(map(str, raw)) or "nothing"
             raise DataError(f"the row has no {missing[0]!r}; it has {has}. Give {', '.join(columns)}{also}.")
-        if family.joins_rows:
+        if language:
             return _said(tokenizer, str(raw[columns[0]]), data)
         if raw.get(label) is not None:
             return labelled(raw)
@@ -70,7 +72,7 @@ def generator(family: Family, model: Any, tokenizer: Any, data: DataSettings) ->
 
     Only the continuation is measured: the tokens of the text have no labels. It is the likeliest token at every step.
     """
-    if not (family.joins_rows and callable(getattr(model, "generate", None))):
+    if not (family.auto == LANGUAGE_MODEL and callable(getattr(model, "generate", None))):
         return None
 
     def generate(text: str) -> Row:

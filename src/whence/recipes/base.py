@@ -25,6 +25,7 @@ from whence.tasks import Task
 BUILT_IN = {
     "digits": ("whence.recipes.digits", "digits"),
     "glue": ("whence.recipes.families", "glue"),
+    "stdlib": ("whence.recipes.families", "stdlib"),
     "swag": ("whence.recipes.families", "swag"),
     "wikitext": ("whence.recipes.families", "wikitext"),
 }
@@ -122,8 +123,8 @@ def load_recipe(spec: str, **options: Any) -> Recipe:
     """Return the recipe that `spec` names: a built-in name, or `file.py:object`.
 
     The object is a `Recipe`, or a callable without required arguments that returns one. While the file runs, its folder
-    is the first on `sys.path`, as if Python had been started on it. `options` are passed to the callable; for glue, swag
-    and wikitext they are `checkpoint_dir` and the fields of `whence.recipes.settings.DataSettings`.
+    is the first on `sys.path`, as if Python had been started on it. `options` are passed to the callable; for glue, swag,
+    wikitext and stdlib they are `checkpoint_dir` and the fields of `whence.recipes.settings.DataSettings`.
 
     Raises:
         RecipeError: there is no such name, file or object, it fails, or it is no recipe.

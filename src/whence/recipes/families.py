@@ -7,8 +7,9 @@ from functools import partial
 from whence.recipes.family import Family
 from whence.recipes.finetune import open_checkpoint
 from whence.recipes.glue import Glue
+from whence.recipes.stdlib import Stdlib
 from whence.recipes.swag import Swag
 from whence.recipes.wikitext import WikiText
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (Glue(), Swag(), WikiText())}
-glue, swag, wikitext = (partial(open_checkpoint, family) for family in FAMILIES.values())
+FAMILIES: dict[str, Family] = {family.name: family for family in (Glue(), Swag(), WikiText(), Stdlib())}
+glue, swag, wikitext, stdlib = (partial(open_checkpoint, family) for family in FAMILIES.values())

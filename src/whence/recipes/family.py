@@ -12,7 +12,7 @@ from whence.recipes.settings import DataSettings, PresetName
 
 _OFFSET = ("roberta", "camembert", "longformer")  # models that count positions from the padding token on
 TokenizerStyle = Literal["bert", "roberta", "gpt2"]
-SIZES: dict[PresetName, tuple[int, int]] = {"tiny": (2, 64), "small": (4, 256)}
+SIZES: dict[PresetName, tuple[int, int]] = {"tiny": (2, 64), "mini": (4, 128), "small": (4, 256)}
 """Layers and width of the small random models."""
 
 
@@ -30,6 +30,10 @@ class Family(Protocol):
     """Whether scores are over the run's snapshots by default, as the evidence says (docs/results/finetuned.md)."""
     joins_rows: ClassVar[bool]
     """Whether raw rows are joined and cut anew, so that rows are limited after that."""
+    makes_rows: ClassVar[bool]
+    """Whether rows are made on this machine, so that no folder of data is looked for."""
+    start: ClassVar[PresetName | None]
+    """What training starts from if it is not told: a small random model, or None for the pretrained one of `defaults`."""
 
     def settled(self, data: DataSettings) -> DataSettings:
         """Return the settings with the recipe's own choices filled in. Raises ConfigError for what it does not know."""

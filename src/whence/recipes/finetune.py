@@ -49,6 +49,7 @@ def train_recipe(
     training: TrainingSettings,
     snapshots: int = 4,
     overwrite: bool = False,
+    keep_every: float | None = None,
     stages: Stages | None = None,
 ) -> Recipe:
     """Train a recipe's model, save it in `checkpoint_dir`, and return the recipe of it.
@@ -61,6 +62,7 @@ def train_recipe(
         data, training: what is None in them is the recipe's choice.
         snapshots: how many states in the midst of training to keep, for scores over a whole run.
         overwrite: replace a model, or an interrupted training of something else, that is there.
+        keep_every: seconds between two checkpoints to go on from; None: five minutes.
         stages: gets the time and shows progress.
 
     Raises:
@@ -70,8 +72,11 @@ def train_recipe(
     goes_on = is_unfinished(folder) and not (folder / RECORD).is_file()
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not overwrite and not goes_on):
         raise ConfigError(f"{folder} is not empty. Give a new folder as --checkpoint-dir, or --overwrite to replace what is there.")
-    # The variable may be another when the folder is opened again.
-    data = family.settled(replace(data, data=data.data or os.environ.get(DATA_VARIABLE) or None))
+    if not family.makes_rows:  # the variable may be another when the folder is opened again
+        data = replace(data, data=data.data or os.environ.get(DATA_VARIABLE) or None)
+    data = family.settled(data)
+    if training.model is None and training.preset is None:
+        training = replace(training, preset=family.start)
     training = training.over(family.defaults(data, training.preset))
     raw = read_train(family, data)
     model, tokenizer = make_start(family, raw, data, training)
@@ -84,7 +89,8 @@ def train_recipe(
         rows = encode_train(family, data, tokenizer, model.config, raw, training.seed).encoded
         model.to(resolve_device("auto"))
         collate = collate_of(family, model, tokenizer)
-        trained = train_model(model, rows, collate, training, seed=training.seed, snapshots=snapshots, stages=stages, unfinished=place)
+        kept: Any = {"snapshots": snapshots, "unfinished": place, "keep_every": keep_every}
+        trained = train_model(model, rows, collate, training, seed=training.seed, stages=stages, **kept)
         _save(folder, model, tokenizer)
         with explain_write_errors(folder):
             _keep(folder, trained)

@@ -59,6 +59,8 @@ class Glue:
     layer_sets: ClassVar[dict[str, list[str]]] = {}
     over_run: ClassVar[bool] = True
     joins_rows: ClassVar[bool] = False
+    makes_rows: ClassVar[bool] = False
+    start: ClassVar[PresetName | None] = None
 
     def settled(self, data: DataSettings) -> DataSettings:
         """Fill in what is not said: sst2, 128 tokens, the margin."""

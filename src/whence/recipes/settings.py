@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 from whence.errors import ConfigError
 
 Measurement = Literal["loss", "margin", "log_odds"]
-PresetName = Literal["tiny", "small"]
+PresetName = Literal["tiny", "mini", "small"]
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt")
 """The Trainer's schedules that are functions of the step alone."""
 
@@ -28,7 +28,7 @@ class DataSettings:
     """File of training rows, instead of the data set's own (parquet, JSON lines, CSV or text)."""
 
     columns: tuple[str, ...] | None = None
-    """Columns of the text, for data of your own: one or two for glue, the one of the text for wikitext."""
+    """Columns of the text, for data of your own: one or two for glue, the one of the text for wikitext and stdlib."""
 
     label: str | None = None
     """Column of the label, for data of your own."""

@@ -14,7 +14,7 @@ from whence.recipes.family import Family, TokenizerStyle
 from whence.recipes.rows import Row
 from whence.recipes.settings import DataSettings, PresetName, TrainingSettings
 
-VOCABULARY = {"tiny": 1000, "small": 8000}
+VOCABULARY: dict[PresetName, int] = {"tiny": 1000, "mini": 4000, "small": 8000}
 _SPECIAL: dict[TokenizerStyle, dict[str, str]] = {
     "bert": {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"},
     "roberta": {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "mask_token": "<mask>"},

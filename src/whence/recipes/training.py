@@ -75,6 +75,7 @@ def train_model(
     snapshots: int = 0,
     stages: Stages | None = None,
     unfinished: Path | None = None,
+    keep_every: float | None = None,
 ) -> Trained:
     """Train in place with the Trainer; the model is left on its device, in eval mode.
 
@@ -89,7 +90,8 @@ def train_model(
         seed: of the order of rows and of dropout.
         snapshots: how many states of the run to keep.
         stages: gets the time and shows progress.
-        unfinished: folder to leave a checkpoint in every `KEEP_EVERY_S`, and to go on from the one that is there.
+        unfinished: folder to leave checkpoints in, and to go on from the one that is there.
+        keep_every: seconds between two of them; None: `KEEP_EVERY_S`.
     """
     transformers = need("transformers")
     need("accelerate")
@@ -105,7 +107,8 @@ def train_model(
         )
         trainer.remove_callback(transformers.PrinterCallback)
         steps = _steps(settings, len(rows))
-        make_keeper = _keeper(transformers, model, trainer, segments(steps, snapshots), unfinished)
+        every = KEEP_EVERY_S if keep_every is None else keep_every
+        make_keeper = _keeper(transformers, model, trainer, segments(steps, snapshots), unfinished, every)
         with stages.stage("Train"), stages.track(steps, "Training" if last is None else "Training, continued") as advance:
             keeper = make_keeper(advance)
             if last is not None:
@@ -191,7 +194,7 @@ def snapshot_file(step: int) -> str:
     return f"step-{step:06d}.safetensors"
 
 
-def _keeper(transformers: Any, model: nn.Module, trainer: Any, parts: list[tuple[int, int]], unfinished: Path | None) -> Any:
+def _keeper(transformers: Any, model: nn.Module, trainer: Any, parts: list[tuple[int, int]], unfinished: Path | None, every: float) -> Any:
     """Return a callback that counts steps and keeps the model's state in the middle of each part of the run.
 
     With a folder, it has the Trainer leave a checkpoint there now and then, and adds to it what it holds itself.
@@ -235,7 +238,7 @@ def _keeper(transformers: Any, model: nn.Module, trainer: Any, parts: list[tuple
                     self.kept[-1] = replace(self.kept[-1], time=until - self.before)
                     self.before = until
             # Not after the last step: the model is saved then, and one that goes on is called at least once, as others are.
-            if unfinished is not None and state.global_step < state.max_steps and time.monotonic() - self.since >= KEEP_EVERY_S:
+            if unfinished is not None and state.global_step < state.max_steps and time.monotonic() - self.since >= every:
                 control.should_save = True
 
     return Keeper

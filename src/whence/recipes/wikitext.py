@@ -35,21 +35,12 @@ class WikiText:
     layer_sets: ClassVar[dict[str, list[str]]] = {"seed": _BLOCKS}
     over_run: ClassVar[bool] = False
     joins_rows: ClassVar[bool] = True
+    makes_rows: ClassVar[bool] = False
+    start: ClassVar[PresetName | None] = None
 
     def settled(self, data: DataSettings) -> DataSettings:
         """Fill in what is not said: the column text, blocks of 512, the loss."""
-        if data.flip:
-            raise ConfigError("flip replaces labels, and text has none. Leave --flip out.")
-        if data.label is not None:
-            raise ConfigError(f"label={data.label!r} names a column of labels, and text has none. Leave --label out.")
-        if data.measurement == "margin":
-            raise ConfigError("measurement='margin' is for classifiers; choose loss or log_odds.")
-        if data.columns is not None and len(data.columns) != 1:
-            raise ConfigError(f"columns={data.columns!r}: a language model's text is in one column.")
-        settled = data.over(DataSettings(task="wikitext-2-v1", columns=("text",), max_length=512, measurement="loss"))
-        if settled.max_length is not None and settled.max_length < 2:
-            raise ConfigError("max_length=1 leaves nothing to predict; give blocks of 2 tokens or more.")
-        return settled
+        return settled_text(data, task="wikitext-2-v1", max_length=512)
 
     def defaults(self, data: DataSettings, preset: PresetName | None) -> dict[str, Any]:
         """Return the hyper-parameters of the published run: GPT-2, 3 epochs of 3e-5; more for a random start."""
@@ -89,17 +80,42 @@ class WikiText:
         return [{"input_ids": block, "text": tokenizer.decode(block)} for block in blocks]
 
     def preset(self, size: PresetName, tokenizer: Any, data: DataSettings) -> Any:
-        """Return a GPT-2 of 2 layers 64 wide (tiny) or 4 layers 256 wide (small)."""
-        from transformers import GPT2Config
+        """Return a small GPT-2."""
+        return gpt2(size, tokenizer, data)
 
-        layers, width = SIZES[size]
-        end = tokenizer.eos_token_id
-        return GPT2Config(
-            vocab_size=len(tokenizer),
-            n_embd=width,
-            n_layer=layers,
-            n_head=width // 32,
-            n_positions=positions(data),
-            bos_token_id=end,
-            eos_token_id=end,
-        )
+
+def settled_text(data: DataSettings, *, task: str, max_length: int) -> DataSettings:
+    """Fill in what is not said of rows that are plain text: the column text, and the loss.
+
+    Raises:
+        ConfigError: a setting that plain text has no use for.
+    """
+    if data.flip:
+        raise ConfigError("flip replaces labels, and text has none. Leave --flip out.")
+    if data.label is not None:
+        raise ConfigError(f"label={data.label!r} names a column of labels, and text has none. Leave --label out.")
+    if data.measurement == "margin":
+        raise ConfigError("measurement='margin' is for classifiers; choose loss or log_odds.")
+    if data.columns is not None and len(data.columns) != 1:
+        raise ConfigError(f"columns={data.columns!r}: a language model's text is in one column.")
+    settled = data.over(DataSettings(task=task, columns=("text",), max_length=max_length, measurement="loss"))
+    if settled.max_length is not None and settled.max_length < 2:
+        raise ConfigError("max_length=1 leaves nothing to predict; give blocks of 2 tokens or more.")
+    return settled
+
+
+def gpt2(size: PresetName, tokenizer: Any, data: DataSettings) -> Any:
+    """Return the configuration of a small GPT-2, of the layers and width of `whence.recipes.family.SIZES`."""
+    from transformers import GPT2Config
+
+    layers, width = SIZES[size]
+    end = tokenizer.eos_token_id
+    return GPT2Config(
+        vocab_size=len(tokenizer),
+        n_embd=width,
+        n_layer=layers,
+        n_head=width // 32,
+        n_positions=positions(data),
+        bos_token_id=end,
+        eos_token_id=end,
+    )

@@ -1,4 +1,4 @@
-"""The demo: find wrong labels among handwritten digits, explain the network's mistakes, and write a page about it.
+"""The demo of digits: find wrong labels among handwritten digits, explain the network's mistakes, and write a page about it.
 
 Everything is real: the images, the network, its training, the scores. It needs no download and takes seconds.
 """
@@ -14,7 +14,7 @@ import torch
 
 import whence
 from whence.attributor import Attributor
-from whence.errors import ConfigError
+from whence.demo.claim import claim, tell
 from whence.evaluate.mislabeled import recall_curve
 from whence.recipes.base import Recipe
 from whence.recipes.digits import DigitsData, DigitsSettings, build_network, load_data, make_recipe, predict, train_network
@@ -23,11 +23,9 @@ from whence.report.digits_findings import DigitsFindings, Misread
 from whence.report.page import require_extra, write_page
 from whence.runtime.device import one_thread
 from whence.scores.matrix import Scores
-from whence.storage.run import explain_write_errors, write_json_atomic
 from whence.tasks import Classification
 
 NEIGHBOURS = 6
-_MARKER = "demo.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,12 +71,12 @@ def run_demo(*, out: Path = Path("runs/demo"), seed: int = 0) -> DemoResult:
     for module in ("jinja2", "matplotlib"):
         require_extra(module)
     settings = DigitsSettings(seed=seed)
-    _claim(out, settings)
+    claim(out, "digits", asdict(settings))
     with one_thread():
         findings, attributor = _work(settings, out)
     report = out / "report.html"
     write_page(digits_page(findings), report)
-    _tell(attributor)
+    tell(attributor)
     return _result(findings, report)
 
 
@@ -114,18 +112,6 @@ def _work(settings: DigitsSettings, out: Path) -> tuple[DigitsFindings, Attribut
     return findings, attributor
 
 
-def _claim(out: Path, settings: DigitsSettings) -> None:
-    """Make the folder and mark it as the demo's; without the mark nothing in it would be replaced."""
-    others = out.is_file() or (out.is_dir() and any(not entry.name.startswith(".") for entry in out.iterdir()))
-    if others and not (out / _MARKER).is_file():
-        raise ConfigError(
-            f"{out} holds something that is no demo, which would be replaced. Choose a new or empty folder with out=..., or --out."
-        )
-    with explain_write_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
-    write_json_atomic(out / _MARKER, {"demo": "digits", **asdict(settings)})
-
-
 def _misread(recipe: Recipe, scores: Scores | None) -> list[Misread]:
     """Collect each query's reading and the training rows that speak most strongly for it and against it."""
     if scores is None:
@@ -156,15 +142,6 @@ def _settings(settings: DigitsSettings, data: DigitsData) -> list[tuple[str, str
         ("Measurement", "cross-entropy of the true label"),
         ("Seed", str(settings.seed)),
     ]
-
-
-def _tell(attributor: Attributor) -> None:
-    """Write the stage table and the coverage to standard error."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    console.print(attributor.stages.table())
-    console.print(str(attributor.coverage), markup=False, highlight=False)
 
 
 def _result(findings: DigitsFindings, report: Path) -> DemoResult:
