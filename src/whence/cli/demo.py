@@ -39,4 +39,4 @@ def demo(
         from whence.demo.stdlib import StdlibSettings, run_stdlib_demo
 
         result = run_stdlib_demo(out=out or Path("runs/stdlib"), settings=StdlibSettings(seed=seed))
-    output.data(str(result).splitlines(), result.to_json(), as_json=json)
+    output.data(str(result).split("\n"), result.to_json(), as_json=json)

@@ -50,7 +50,9 @@ class Reply:
 
 
 def _inset(text: str) -> list[str]:
-    return [f"  | {line}".rstrip() for line in text.strip("\n").split("\n")]
+    # A model may say anything, also what a terminal takes for a command.
+    shown = "".join(sign if sign.isprintable() or sign == "\n" else " " for sign in text.strip("\n"))
+    return [f"  | {line}".rstrip() for line in shown.split("\n")]
 
 
 def answers(recipe: Recipe, folder: Path, prompts: Sequence[str], *, seed: int) -> list[dict[str, Any]]:

@@ -47,6 +47,11 @@ def version() -> str:
     return f"the standard library of Python {platform.python_version()}"
 
 
+def library() -> Path:
+    """Return the folder of this interpreter's standard library."""
+    return Path(sysconfig.get_paths()["stdlib"])
+
+
 def functions(folder: Path | None = None) -> list[Row]:
     """Return a row per documented public function, method or class, by file name and line.
 
@@ -59,7 +64,7 @@ def functions(folder: Path | None = None) -> list[Row]:
     Raises:
         DataError: there is no source.
     """
-    root = Path(sysconfig.get_paths()["stdlib"]) if folder is None else folder
+    root = library() if folder is None else folder
     found = list(_found(root))
     if not found:
         raise DataError(f"{root} holds no source of Python's standard library. Use a Python that comes with its .py files.")
@@ -72,7 +77,7 @@ def split(name: str) -> list[Row]:
     Raises:
         DataError: there is no source.
     """
-    rows = _all()
+    rows = _all(library())
     if name == "train":
         return [row for place, row in enumerate(rows, start=1) if place % HELD_OUT_EVERY]
     prompts = [{"module": "", "name": "prompt", "file": "", "line": 0, "text": text} for text in PROMPTS]
@@ -80,9 +85,9 @@ def split(name: str) -> list[Row]:
 
 
 @lru_cache(maxsize=1)
-def _all() -> tuple[Row, ...]:
+def _all(folder: Path) -> tuple[Row, ...]:
     # Both splits are asked for, and reading takes seconds.
-    return tuple(functions())
+    return tuple(functions(folder))
 
 
 def _found(root: Path) -> Iterator[Row]:

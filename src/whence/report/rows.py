@@ -140,7 +140,7 @@ def shown_row(source: RowSource, row: Any, label: str | None = None) -> dict[str
     told: dict[str, Any] = {} if label is None else {"label": label}
     if source.picture is not None:
         told["picture"] = picture(source.picture(row), alt="", ink=True).source
-    text = re.sub(r"\s*\n\s*", "\n", _text(source, row, label) or "")
+    text = re.sub(r"\s*\n", "\n", _text(source, row, label) or "")
     if text:
         told["text"] = text[:LONGEST_TEXT]
         if len(text) > LONGEST_TEXT:
@@ -170,7 +170,7 @@ def _without_empty_lines(tokens: list[str]) -> list[str]:
     """Return tokens of which none starts a new line on an empty one; their number stays."""
     kept, empty = [], True
     for token in tokens:
-        token = re.sub(r"\s*\n\s*", "\n", token)
+        token = re.sub(r"\s*\n", "\n", token)
         token = token.lstrip("\n") if empty else token
         empty = token.endswith("\n") or (empty and not token.strip())
         kept.append(token)
