@@ -3,7 +3,7 @@
 #   make PIP_ARGS="--index-url URL"   another package index, for example one with CPU builds of torch
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all bench lint format clean check-python
+.PHONY: help demo demo-stdlib test test-all bench lint format clean check-python
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -15,10 +15,13 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS) --editable
 
 help: ## list these commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/.demo ## find wrong labels among handwritten digits; writes runs/demo/report.html
 	$(BIN)/whence demo --out runs/demo
+
+demo-stdlib: $(VENV)/.dev ## train a language model on Python's own functions, ask it; minutes; writes runs/stdlib/report.html
+	$(BIN)/whence demo stdlib --out runs/stdlib
 
 test: lint ## linter, types and quick tests
 	$(BIN)/python -m pytest -m "not slow" $(PARALLEL)

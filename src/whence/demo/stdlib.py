@@ -55,6 +55,9 @@ class StdlibSettings:
     functions: int | None = None
     """Train on the first functions alone; None: on all."""
 
+    fitted: int = 1000
+    """Functions that the curvature is fitted on, drawn with the seed."""
+
     checked: int = 40
     """Functions that are asked for by their own text, and held-out ones that a step is taken for."""
 
@@ -139,7 +142,7 @@ def run_stdlib_demo(*, out: Path = Path("runs/stdlib"), settings: StdlibSettings
     options = {"recipe": {"spec": "stdlib", "options": {"checkpoint_dir": str((out / "model").resolve())}}}
     attributor = Attributor(recipe.model, recipe.task, run_dir=out, collate=recipe.collate, seed=settings.seed)
     attributor.run.origin, attributor.stages = options, stages
-    attributor.fit(recipe.train, strategy=STRATEGY, overwrite=True)
+    attributor.fit(recipe.train, strategy=STRATEGY, max_examples=min(settings.fitted, len(recipe.train)), overwrite=True)
     index = attributor.index(recipe.train, overwrite=True)
     asked = answers(recipe, out / "model", PROMPTS, seed=settings.seed)
     found = index.query(asked, k=SHOWN)
