@@ -13,7 +13,7 @@ from whence.evaluate.baselines import only_looking
 from whence.recipes.base import Recipe
 from whence.tasks.likelihoods import IGNORE
 
-TOKENS, TEMPERATURE = 40, 0.5
+TOKENS, TEMPERATURE = 32, 0.3
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@ r"""The Python standard library: a small language model of documented functions,
 
 Data: the source of the Python that runs whence; nothing is downloaded, nothing of it is imported. A row:
 `{"module": "bisect", "name": "insort_left", "file": "bisect.py", "line": 75, "text": "# bisect.insort_left\ndef insort_left(...): ..."}`,
-cut to `--max-length` tokens, 96 by default. Other versions of Python have other rows.
+cut to `--max-length` tokens, 64 by default. Other versions of Python have other rows.
 
     whence train stdlib --checkpoint-dir checkpoints/stdlib
     whence fit   stdlib --checkpoint-dir checkpoints/stdlib
@@ -40,17 +40,17 @@ class Stdlib:
     start: ClassVar[PresetName | None] = "mini"
 
     def settled(self, data: DataSettings) -> DataSettings:
-        """Fill in what is not said: the column text, 96 tokens, the loss."""
+        """Fill in what is not said: the column text, 64 tokens, the loss."""
         if data.data is not None:
             raise ConfigError(f"data={data.data!r}: stdlib reads {version()}. Leave --data out; for text of your own take wikitext.")
-        return settled_text(data, task="functions", max_length=96)
+        return settled_text(data, task="functions", max_length=64)
 
     def defaults(self, data: DataSettings, preset: PresetName | None) -> dict[str, Any]:
         """Return hyper-parameters for a random start."""
         return {
             "learning_rate": 3e-3,
             "weight_decay": 0.01,
-            "num_train_epochs": 3.0,
+            "num_train_epochs": 5.0,
             "train_batch_size": 16,
             "eval_batch_size": 32,
             "dropout": 0.0,
@@ -72,7 +72,7 @@ class Stdlib:
 
     def encode(self, tokenizer: Any, config: Any, rows: Sequence[Row], data: DataSettings) -> list[Row]:
         """Return `input_ids`, which end in the tokenizer's end where nothing is cut off, and the text with where it stands."""
-        length = int(data.max_length or 96)
+        length = int(data.max_length or 64)
         check_length(config, length)
         found = tokenizer(list(self.texts(rows, data)), add_special_tokens=False, verbose=False)["input_ids"]
         encoded = []
