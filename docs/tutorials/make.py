@@ -1,7 +1,7 @@
 """Execute the tutorials and keep what they show.
 
     python docs/tutorials/make.py                                      # both; stdlib trains a model for some minutes
-    python docs/tutorials/make.py stdlib --model runs/stdlib/model     # with the model of `whence demo stdlib`
+    python docs/tutorials/make.py stdlib --run runs/stdlib             # with what `whence demo stdlib` left
 
 Needs the extras `tutorials`, `report` and, for stdlib, `hf`. Each runs in a folder of its own, which goes afterwards.
 """
@@ -19,15 +19,15 @@ HERE = Path(__file__).parent
 NAMES = ("digits", "stdlib")
 
 
-def execute(source: Path, *, model: Path | None = None, timeout: int = 3600) -> Any:
-    """Return an executed notebook; `model` is copied to where it looks for a trained one."""
+def execute(source: Path, *, run: Path | None = None, timeout: int = 3600) -> Any:
+    """Return an executed notebook; a run of the demo is copied to where it looks for one."""
     import nbformat
     from nbclient import NotebookClient
 
     notebook: Any = nbformat.read(source, as_version=4)
     with tempfile.TemporaryDirectory() as folder:
-        if model is not None:
-            shutil.copytree(model, Path(folder) / "checkpoints/stdlib")
+        if run is not None:
+            shutil.copytree(run, Path(folder) / "runs/stdlib")
         client = NotebookClient(
             notebook, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": folder}}, record_timing=False
         )
@@ -72,11 +72,11 @@ def main() -> None:
     """Execute the notebooks that are named."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n", 1)[0])
     parser.add_argument("names", nargs="*", choices=[*NAMES, []], help="default: both")
-    parser.add_argument("--model", type=Path, help="folder of a trained model of the recipe stdlib")
+    parser.add_argument("--run", type=Path, help="folder of the demo of stdlib")
     options = parser.parse_args()
     for name in options.names or NAMES:
         path = HERE / f"{name}.ipynb"
-        write(execute(path, model=options.model if name == "stdlib" else None), path)
+        write(execute(path, run=options.run if name == "stdlib" else None), path)
         print(f"{path.name}: {path.stat().st_size:,} bytes")
 
 

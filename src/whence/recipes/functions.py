@@ -34,10 +34,10 @@ PROMPTS = (
     'def close(self):\n    """Close',
     'def copyfile(src, dst):\n    """Copy',
     'def dumps(obj):\n    """Serialize',
-    'def quote(string):\n    """Return',
+    'def warning(self, msg, *args):\n    """Log',
     'class Handler:\n    """A handler class which',
     'def acquire(self, timeout=None):\n    """Acquire',
-    "def is_private(self):\n",
+    'def is_private(self):\n    """Return True if',
 )
 """Beginnings of functions written by hand, to be asked about."""
 
