@@ -44,7 +44,7 @@ class StdlibSettings:
     """What makes the demo what it is; the defaults are the demo."""
 
     seed: int = 0
-    """Of the model's start, the order of training, what the model says, and which functions are checked."""
+    """Of the model's start, the order of training, and which functions are checked."""
 
     preset: PresetName = "mini"
     """Size of the model."""
@@ -105,7 +105,11 @@ class StdlibResult:
     def _closing(self) -> list[str]:
         run = shlex.quote(str(self.report.parent))
         options = f"stdlib --checkpoint-dir {shlex.quote(str(self.model))} --run-dir {run}"
-        return [f"ask more: whence query {options} --text 'def median(data):' --k 5", f"report: {self.report}"]
+        return [
+            f"ask more: whence query {options} --text 'def median(data):' --k 5",
+            f"in a browser: whence serve {run}",
+            f"report: {self.report}",
+        ]
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON values."""
@@ -144,7 +148,7 @@ def run_stdlib_demo(*, out: Path = Path("runs/stdlib"), settings: StdlibSettings
     attributor.run.origin, attributor.stages = options, stages
     attributor.fit(recipe.train, strategy=STRATEGY, max_examples=min(settings.fitted, len(recipe.train)), overwrite=True)
     index = attributor.index(recipe.train, overwrite=True)
-    asked = answers(recipe, out / "model", PROMPTS, seed=settings.seed)
+    asked = answers(recipe, PROMPTS)
     found = index.query(asked, k=SHOWN)
     replies = [Reply(prompt=row["prompt"], says=row["says"], learned=learned(recipe, found.top(place))) for place, row in enumerate(asked)]
     itself, patch, tokens = _checks(attributor, index, recipe, settings)

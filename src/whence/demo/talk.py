@@ -4,16 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-import torch
-
-from whence.evaluate.baselines import only_looking
+from whence.errors import ConfigError
 from whence.recipes.base import Recipe
-from whence.tasks.likelihoods import IGNORE
-
-TOKENS, TEMPERATURE = 32, 0.3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,41 +49,19 @@ def _inset(text: str) -> list[str]:
     return [f"  | {line}".rstrip() for line in shown.split("\n")]
 
 
-def answers(recipe: Recipe, folder: Path, prompts: Sequence[str], *, seed: int) -> list[dict[str, Any]]:
+def answers(recipe: Recipe, prompts: Sequence[str]) -> list[dict[str, Any]]:
     """Let the model go on after each prompt; return queries whose loss is that of what it said, the prompt being given.
 
-    Args:
-        recipe: with a language model.
-        folder: with the model's tokenizer.
-        prompts: texts of at least a token each.
-        seed: of what is drawn.
+    Raises:
+        ConfigError: the recipe's model does not go on after texts. DataError: it goes on with nothing, or a prompt is too long.
     """
-    from transformers import AutoTokenizer
-
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    generator = torch.Generator().manual_seed(seed)
-    rows = []
-    for prompt in prompts:
-        given = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        said = _continuation(recipe.model, given, tokenizer.eos_token_id, generator)
-        text = tokenizer.decode(said, skip_special_tokens=True)
-        labels = [IGNORE] * len(given) + said
-        rows.append({"input_ids": [*given, *said], "labels": labels, "prompt": prompt, "says": text, "text": f"{prompt} ▸{text}"})
-    return rows
-
-
-def _continuation(model: Any, given: list[int], end: int, generator: torch.Generator) -> list[int]:
-    """Draw tokens until the end of text, the most that are asked for, or all positions of the model."""
-    device, tokens = next(model.parameters()).device, list(given)
-    most = min(len(given) + TOKENS, int(model.config.n_positions))
-    with only_looking(model, device):
-        while len(tokens) < most:
-            logits = model(torch.tensor([tokens], device=device)).logits[0, -1].double().cpu()
-            drawn = int(torch.multinomial((logits / TEMPERATURE).softmax(0), 1, generator=generator))
-            tokens.append(drawn)
-            if drawn == end:
-                break
-    return tokens[len(given) :]
+    if recipe.generate is None:
+        raise ConfigError(f"the model of recipe {recipe.name} does not go on after texts. Take a recipe of a language model.")
+    made = [recipe.generate(prompt) for prompt in prompts]
+    return [
+        {**row, "prompt": prompt, "says": row["continuation"], "text": f"{prompt} ▸{row['continuation']}"}
+        for prompt, row in zip(prompts, made, strict=True)
+    ]
 
 
 def learned(recipe: Recipe, hits: Sequence[tuple[int, float]]) -> tuple[Learned, ...]:
