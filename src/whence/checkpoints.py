@@ -15,8 +15,12 @@ from torch import Tensor, nn
 from whence.attributor import Attributor
 from whence.curvature.response import Unrolled
 from whence.curvature.strategies import StrategyName
-from whence.errors import ConfigError, StorageError
+from whence.errors import ConfigError, MismatchError, StorageError
+from whence.index.index import Index
+from whence.index.joined import CHECKPOINTS, JoinedIndex
+from whence.index.projection import Held, Projection
 from whence.scores.matrix import Scores
+from whence.scores.tokens import TokenScores
 from whence.tasks import Task
 from whence.workbench import Size
 
@@ -26,9 +30,9 @@ Checkpoint = str | Path | Mapping[str, Tensor]
 class Checkpoints:
     """The same questions as to an `Attributor`, asked of several checkpoints.
 
-    `scores` and `self_influence` are means over the checkpoints: of one run (as in TracIn), or of models that were trained
-    alike from other seeds, which takes the chance of one training out of the scores. `unrolled_scores` follows one run
-    through its checkpoints. The model has its own parameters back after every call.
+    `scores`, `self_influence` and the scores of an `index` are means over the checkpoints: of one run (as in TracIn), or of
+    models that were trained alike from other seeds, which takes the chance of one training out of the scores. `unrolled_scores`
+    follows one run through its checkpoints. The model has its own parameters back after every call.
 
     Args:
         model, task: as for `Attributor`; the model's own parameters are those of the end of training.
@@ -62,6 +66,67 @@ class Checkpoints:
     def self_influence(self, train: Any, **options: Any) -> Tensor:
         """Return the mean over the checkpoints of `Attributor.self_influence`."""
         return torch.stack(self._each(lambda attributor: attributor.self_influence(train, **options))).mean(0)
+
+    def index(self, train: Any, **options: Any) -> Index:
+        """Keep small rows of every training example at every checkpoint, beside each other; arguments as of `Attributor.index`.
+
+        A score of the index is the mean over the checkpoints, each with its own curvature, as of `scores`. Broken off anywhere,
+        the same call goes on.
+        """
+        made = self._each(lambda attributor: attributor.index(train, **options))
+        return Index(self, [one.folder for one in made], train=train)
+
+    def index_folders(self, name: str) -> list[Path]:
+        """Return where `index` keeps the index with a name: `whence.Index(checkpoints, checkpoints.index_folders("ekfac"))`."""
+        return [attributor.run.sub("index", name) for attributor in self.attributors]
+
+    def index_queries(self, queries: Any, query_rows: Sequence[int] | None, settings: Mapping[str, Any]) -> tuple[Projection, Held]:
+        """Return every checkpoint's projection and queries as the index meets them, behind the first projection.
+
+        Raises:
+            MismatchError: the index is of other checkpoints, or of factors fitted otherwise.
+        """
+        held = self._each(lambda attributor, own: attributor.index_queries(queries, query_rows, own), self._own(settings))
+        return held[0][0], held
+
+    def index_exact(
+        self, queries: Any, query_rows: Sequence[int] | None, rows: list[Any], settings: Mapping[str, Any], *, together: bool = False
+    ) -> Tensor:
+        """Return exact scores `[query, row]`, the mean over the checkpoints; as `Attributor.index_exact`."""
+        found = self._each(
+            lambda attributor, own: attributor.index_exact(queries, query_rows, rows, own, together=together), self._own(settings)
+        )
+        return torch.stack(found).mean(0)
+
+    def index_tokens(self, queries: Any, query_rows: Sequence[int] | None, rows: list[Any], settings: Mapping[str, Any]) -> TokenScores:
+        """Return scores by token on both sides, the mean over the checkpoints; as `Attributor.index_tokens`."""
+        found = self._each(lambda attributor, own: attributor.index_tokens(queries, query_rows, rows, own), self._own(settings))
+        return TokenScores(
+            values=torch.stack([one.values for one in found]).mean(0),
+            rows=torch.stack([one.rows for one in found]).mean(0),
+            queries=torch.stack([one.queries for one in found]).mean(0),
+        )
+
+    def index_append(self, folders: Sequence[Path], rows: Any, ids: Sequence[int]) -> None:
+        """Add rows to the index of every checkpoint.
+
+        They are there once all checkpoints have them. After a call that broke off the same one goes on; one with other rows
+        drops what was appended to some of the checkpoints alone.
+        """
+        stored = JoinedIndex.open(folders)
+        self._own(stored.settings)
+        number = len(stored.parts)
+        self._each(lambda attributor, folder: attributor.index_append([folder], rows, ids, number=number), folders)
+
+    def _own(self, settings: Mapping[str, Any]) -> list[Any]:
+        """Return what an index of as many checkpoints as there are here was made with at each of them."""
+        own = list(settings.get(CHECKPOINTS, [settings]))
+        if len(own) != len(self.checkpoints):
+            raise MismatchError(
+                f"the index is of {len(own)} checkpoints, not of {len(self.checkpoints)}. Open the folders of all (index_folders), "
+                "or index again."
+            )
+        return own
 
     def unrolled_scores(
         self,
@@ -117,11 +182,12 @@ class Checkpoints:
             parts.append(part)
         return combined(parts, 1.0)
 
-    def _each(self, call: Callable[[Attributor], Any]) -> list[Any]:
+    def _each(self, call: Callable[..., Any], *values: Sequence[Any]) -> list[Any]:
+        """Call with every attributor, and with its own of each list of values, while the model has its checkpoint's parameters."""
         results = []
-        for checkpoint, attributor in zip(self.checkpoints, self.attributors, strict=True):
+        for checkpoint, *given in zip(self.checkpoints, self.attributors, *values, strict=True):
             with self._loaded(checkpoint):
-                results.append(call(attributor))
+                results.append(call(*given))
         return results
 
     @contextmanager

@@ -59,12 +59,13 @@ class IndexBench(TokenBench):
             self._ready(rows, ask.strategy, ask.spectrum, made, train=rows.dataset) as ready,
             self._store("index", ask.folder, ready.settings, ask.overwrite) as store,
         ):
-            part = claim_first(store, ids, ready.data["train"], overwrite=ask.overwrite, replace=self._temporary)
+            part = claim_first(store, ids, ready.data["train"], overwrite=ask.overwrite, replaceable=self._temporary)
             self._write_part(ready, store, rows, part)
             return store.folder
 
-    def index_append(self, folder: Path, rows: Any, ids: Any) -> None:
-        """Add rows to an index."""
+    def index_append(self, folders: Sequence[Path], rows: Any, ids: Any, *, number: int | None = None) -> None:
+        """Add rows to the index in the one folder, as its part `number` if that is given (see `claim_more`)."""
+        (folder,) = folders
         settings = StoredIndex.open(folder).settings
         taken = self._rows(rows, "training", None, "auto")
         wanted = checked_ids(ids, len(taken))
@@ -73,7 +74,7 @@ class IndexBench(TokenBench):
             self._ready(taken, settings["strategy"], spectrum, made, settings.get("indexed"), train=rows) as ready,
             ShardStore(folder, kind="index", settings=ready.settings) as store,
         ):
-            self._write_part(ready, store, taken, claim_more(store, wanted, ready.data["train"]))
+            self._write_part(ready, store, taken, claim_more(store, wanted, ready.data["train"], number))
 
     def _write_part(self, ready: _Ready, store: ShardStore, rows: Rows, part: int) -> None:
         IndexWriter(

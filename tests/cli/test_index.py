@@ -51,7 +51,23 @@ def test_options_are_looked_at_before_the_model(run: Any, verb: str, option: str
 
 
 def test_the_help_of_index_is_its_own(run: Any) -> None:
-    assert "over-run" not in run("index", "--help").out
+    assert "--normalize" not in run("index", "--help").out
+
+
+@pytest.mark.usefixtures("offline_and_quick")
+def test_an_index_of_all_snapshots_is_asked_like_any_other(run: Any, here: Path, place: Place) -> None:
+    pytest.importorskip("transformers")
+    options = [*place.options("sst2")[:-1], "over"]
+    assert "whence index glue --over-run" in refused(run, "query", *options, "--over-run")
+    made = done(run, "index", *options, "--over-run", "--keep", "1/4", "--json").data
+    assert made["over_run"] is True
+    (entry,) = done(run, "query", *options, "--over-run", "--query", "1", "--k", "3", "--rescore", "1", "--json").data["queries"]
+    scored = done(run, "score", *options, "--over-run", "--strategy", "identity", "--json").data
+    scores = whence.Scores.load(here / scored["scores"])
+    assert [row["train"] for row in entry["proponents"]] == [row for row, _ in scores.top(1, 3)]
+    assert [row["score"] for row in entry["proponents"]] == pytest.approx([score for _, score in scores.top(1, 3)], rel=1e-4)
+    assert "name the recipe" in refused(run, "query", "over/over-run/checkpoint-0000", "--over-run")
+    assert "no snapshots" in refused(run, "index", MINE, "--over-run")
 
 
 def test_rows_that_are_not_those_of_the_index_are_listed_without_text(run: Any, here: Path) -> None:

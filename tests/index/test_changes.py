@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,11 @@ import pytest
 import torch
 
 import whence
+from breaking import broken_off
 from cases import case_named, watch
 from whence.errors import ConfigError, MismatchError, StorageError
 from whence.index import writer
 from whence.index.index import Index
-from whence.storage import shards
 
 MLP = case_named("mlp")
 ROWS, QUERIES = MLP.data()
@@ -29,31 +28,6 @@ def fitted(run_dir: Path | None = None) -> whence.Attributor:
 
 def files(index: Index) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in index.folder.iterdir() if path.suffix}
-
-
-def broken_off(monkeypatch: pytest.MonkeyPatch, after: int, call: Callable[[], Any]) -> bool:
-    """Kill a call ahead of one of its writes to or deletions from an index; whether it came so far."""
-    made = {"calls": 0}
-
-    def breaking(real: Any, folder: Callable[..., Path]) -> Any:
-        def broken(*arguments: Any) -> None:
-            if folder(*arguments).parent.name == "index":
-                made["calls"] += 1
-                if made["calls"] > after:
-                    raise KeyboardInterrupt
-            real(*arguments)
-
-        return broken
-
-    with monkeypatch.context() as patch:
-        for name in ("write_bytes_atomic", "write_json_atomic"):
-            patch.setattr(shards, name, breaking(getattr(shards, name), lambda path, data: path.parent))
-        patch.setattr(shards.ShardStore, "_unlink", breaking(shards.ShardStore._unlink, lambda store, name, shard: store.folder))
-        try:
-            call()
-        except KeyboardInterrupt:
-            return True
-    return False
 
 
 @pytest.fixture

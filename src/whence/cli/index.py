@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Any
 
 from whence.cli import output
-from whence.cli.opening import Flat, RecipeName, open_recipe
+from whence.cli.opening import Flat, RecipeName, open_recipe, open_snapshots
 from whence.cli.options import DataOptions, IndexOptions, KeepOptions, Strategy, WeightOptions
-from whence.cli.values import parse_damping, parse_response
+from whence.cli.values import Switch, parse_damping, parse_response
 
 
 def index(
@@ -16,34 +16,41 @@ def index(
     /,
     *,
     rows: Annotated[IndexOptions, Flat] = IndexOptions(),  # noqa: B008  (read only; the parser makes a new one per call)
-    strategy: Strategy = "ekfac",
+    strategy: Strategy | None = None,
     weight: Annotated[WeightOptions, Flat] = WeightOptions(),  # noqa: B008
     name: str | None = None,
+    over_run: Switch = False,
     data: Annotated[DataOptions, Flat] = DataOptions(),  # noqa: B008
     run: Annotated[KeepOptions, Flat] = KeepOptions(),  # noqa: B008
 ) -> None:
     """Keep a small row of every training example, so that new queries need no pass over the training data.
 
     Args:
-        strategy: Form of the curvature; it must be fitted, except identity, which needs no fit.
+        strategy: Form of the curvature; it must be fitted, except identity, which needs no fit. Default: ekfac; with --over-run identity.
         name: Folder of the index in the run folder. Default: the strategy's name.
+        over_run: Keep a row at each snapshot of the training, beside each other; a curvature that is asked for is fitted at each.
     """
+    from whence.evidence.over_run import index_over_run
     from whence.scores.request import check_name
 
     check_name(name)
     damping, response = parse_damping(weight.damping), parse_response(weight.response)
     attributor, found = open_recipe(recipe, run, data)
-    made = attributor.index(
-        found.train,
+    options: dict[str, Any] = {
         **vars(rows),
-        strategy=strategy,
-        damping=damping,
-        response=response,
-        batch_size=run.batch_size,
-        name=name,
-        overwrite=run.overwrite,
-    )
+        "strategy": strategy or ("identity" if over_run else "ekfac"),
+        "damping": damping,
+        "response": response,
+        "batch_size": run.batch_size,
+        "name": name,
+        "overwrite": run.overwrite,
+    }
+    if over_run:
+        made = index_over_run(attributor, open_snapshots(found, run), found, **options)
+    else:
+        made = attributor.index(found.train, **options)
     values = {"recipe": found.name, "index": str(made.folder), "rows": len(made), "bytes_per_row": round(made.row_bytes)}
+    values |= {"over_run": over_run}
     values |= {name: value for name, value in made.settings["rows"].items() if value is not None}
     near = made.fidelity
     shown = values if near is None else {**values, "fidelity": str(near)}

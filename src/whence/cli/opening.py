@@ -45,11 +45,18 @@ def open_recipe(spec: str, run: RunOptions, data: DataOptions) -> tuple[Attribut
 
 
 def open_index(
-    spec: str, run: RunOptions, data: DataOptions, *, recipe: str | None = None, strategy: str | None = None, name: str | None = None
+    spec: str,
+    run: RunOptions,
+    data: DataOptions,
+    *,
+    recipe: str | None = None,
+    strategy: str | None = None,
+    name: str | None = None,
+    over_run: bool = False,
 ) -> tuple[Attributor, Recipe, Index]:
     """Open an index by its recipe, or by its folder, whose `run.json` names recipe and options; what is given goes before that.
 
-    A recipe in a Python file that a folder names is not run; `recipe` asks for it.
+    A recipe in a Python file that a folder names is not run; `recipe` asks for it. `over_run`: that of the training's snapshots.
 
     Raises:
         ConfigError: there is no index, or not one alone. RecipeError: no recipe is named. StorageError: the index cannot be read.
@@ -61,12 +68,19 @@ def open_index(
         if recipe is not None:
             raise ConfigError(f"--recipe {recipe}: {spec} is a recipe already. Give the folder of the index, or leave --recipe out.")
         attributor, found = open_recipe(spec, run, data)
-        folder = run_folder(found, run) / "index" / (name or strategy or "ekfac")
-        if not folder.exists():
+        bench: Attributor | Checkpoints = attributor
+        folders = [run_folder(found, run) / "index" / (name or strategy or "ekfac")]
+        if over_run:
+            bench = open_snapshots(found, run)
+            folders = bench.index_folders(name or strategy or "identity")
+        if not folders[0].exists():
+            like = f"{spec} --over-run" if over_run else spec
             raise ConfigError(
-                f"{folder} does not exist: there is no index to ask. Run first: whence index {spec}, or name one with --name."
+                f"{folders[0]} does not exist: there is no index to ask. Run first: whence index {like}, or name one with --name."
             )
-        return attributor, found, Index(attributor, folder, train=found.train)
+        return attributor, found, Index(bench, folders, train=found.train)
+    if over_run:
+        raise ConfigError(f"--over-run: {folder} is the folder of one index; name the recipe whose training had the snapshots instead.")
     if run.run_dir is not None or name is not None or strategy is not None:
         raise ConfigError(f"{folder} says which index it is; leave --run-dir, --name and --strategy out.")
     attributor, found = _reopened(folder, run, data, recipe)

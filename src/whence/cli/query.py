@@ -29,6 +29,7 @@ def query(
     recipe: IndexRecipe = None,
     strategy: str | None = None,
     name: str | None = None,
+    over_run: Switch = False,
     rescore: Share = 0.05,
     listing: Annotated[ListOptions, Flat] = ListOptions(),  # noqa: B008
     data: Annotated[DataOptions, Flat] = DataOptions(),  # noqa: B008
@@ -39,8 +40,9 @@ def query(
     Args:
         by: Add up groups of rows instead, and say how far from chance (z): label, a column of the data, or cluster:20 for 20 clusters.
         tokens: Mark under each row the tokens that its score comes from most, and those of the query.
-        strategy: The index to ask, by its name or the strategy's. Default: ekfac.
+        strategy: The index to ask, by its name or the strategy's. Default: ekfac; with --over-run identity.
         name: Folder of the index in the run folder, if it was given one.
+        over_run: Ask the index that whence index --over-run made, of all snapshots of the training.
         rescore: Share of the rows, half of it at either end by the index, that are scored exactly; 0 takes the index's own scores.
     """
     from whence.scores.request import check_name
@@ -49,7 +51,7 @@ def query(
     check_one_kind(ask)
     check_by(by, tokens=tokens)
     lines = None if ask.file is None else read_lines(ask.file)
-    attributor, found, index = open_index(source, run, data, recipe=recipe, strategy=strategy, name=name)
+    attributor, found, index = open_index(source, run, data, recipe=recipe, strategy=strategy, name=name, over_run=over_run)
     asked = questions(found, ask, lines)
     rows = [question.row for question in asked]
     heads = [as_one(found, ask, asked)] if ask.together else asked

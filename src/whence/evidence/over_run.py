@@ -1,4 +1,4 @@
-"""Scores over a run: the mean over the snapshots of one training, kept like any other scores."""
+"""Scores and indexes over a run: means over the snapshots of one training, kept like any others."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 from whence.attributor import Attributor
 from whence.checkpoints import Checkpoints
+from whence.index.index import Index
 from whence.recipes.base import Recipe
 from whence.scores.matrix import Scores
 from whence.storage.run import fingerprint_model
@@ -27,9 +28,7 @@ def scores_over_run(
     Raises:
         MismatchError: the folder holds scores of another model, other data or settings. Others as of `Attributor.scores`.
     """
-    for one in checkpoints.attributors:
-        one.stages = attributor.stages
-    checkpoints.fit(recipe.train, strategy=strategy, batch_size=options.get("batch_size", "auto"), overwrite=overwrite)
+    _fit(attributor, checkpoints, recipe, strategy=strategy, batch_size=options.get("batch_size", "auto"), overwrite=overwrite)
     found = checkpoints.scores(recipe.queries, recipe.train, strategy=strategy, name=name, overwrite=overwrite, **options)
     # The parts were checked against what was there before; the mean follows from them.
     found.settings["over run"] = {"model": fingerprint_model(recipe.model), "snapshots": len(checkpoints.checkpoints)}
@@ -37,3 +36,21 @@ def scores_over_run(
     attributor.coverage = checkpoints.attributors[0].coverage
     attributor.run.record({"call": "scores over the run", "settings": found.settings, "stages": attributor.stages.to_json()})
     return found
+
+
+def index_over_run(
+    attributor: Attributor, checkpoints: Checkpoints, recipe: Recipe, *, strategy: Any, overwrite: bool = False, **options: Any
+) -> Index:
+    """Index a recipe's training rows at each snapshot; arguments and errors as of `scores_over_run` and of `Attributor.index`."""
+    _fit(attributor, checkpoints, recipe, strategy=strategy, batch_size=options.get("batch_size", "auto"), overwrite=overwrite)
+    made = checkpoints.index(recipe.train, strategy=strategy, overwrite=overwrite, **options)
+    attributor.coverage = checkpoints.attributors[0].coverage
+    attributor.run.record({"call": "index over the run", "settings": made.settings, "stages": attributor.stages.to_json()})
+    return made
+
+
+def _fit(attributor: Attributor, checkpoints: Checkpoints, recipe: Recipe, **options: Any) -> None:
+    """Fit the curvature of every snapshot, on the stage table of the attributor."""
+    for one in checkpoints.attributors:
+        one.stages = attributor.stages
+    checkpoints.fit(recipe.train, **options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -47,10 +48,10 @@ def _checked_id(place: int, given: Any) -> int:
     return found
 
 
-def claim_first(store: ShardStore, ids: Sequence[int], fingerprint: str, *, overwrite: bool, replace: bool) -> int:
+def claim_first(store: ShardStore, ids: Sequence[int], fingerprint: str, *, overwrite: bool, replaceable: bool) -> int:
     """Return the number of the first part, begun for these rows unless it is there already.
 
-    `overwrite` starts anew where it is of other rows, or where something was appended or deleted since; `replace` only the first.
+    `overwrite` starts anew where it is of other rows, or where something was appended or deleted since; `replaceable` only the first.
 
     Raises:
         MismatchError: it is of other rows, and neither is said.
@@ -60,7 +61,7 @@ def claim_first(store: ShardStore, ids: Sequence[int], fingerprint: str, *, over
         changed = DELETED in store.names or about(1) in store.names
         if same and not (overwrite and changed):
             return 0
-        if not (same or overwrite or replace):
+        if not (same or overwrite or replaceable):
             raise MismatchError(
                 f"{store.folder} indexes other rows. Append these to it, or call with overwrite=True to replace it, "
                 "or with name='...' to keep both."
@@ -69,13 +70,15 @@ def claim_first(store: ShardStore, ids: Sequence[int], fingerprint: str, *, over
     return _begin(store, 0, ids, fingerprint)
 
 
-def claim_more(store: ShardStore, ids: Sequence[int], fingerprint: str) -> int:
+def claim_more(store: ShardStore, ids: Sequence[int], fingerprint: str, number: int | None = None) -> int:
     """Return the number of a part for more rows: the one that was broken off with these rows, or a new one.
+
+    With `number` the part gets that one; what was appended from there on, and is of other rows, is dropped.
 
     Raises:
         ConfigError: an id is in the index already, or was. StorageError: the index itself is unfinished.
     """
-    stored, wanted = StoredIndex.of(store), torch.tensor(ids)
+    stored, wanted = replace(StoredIndex.of(store), first=number), torch.tensor(ids)
     if len(both := wanted[torch.isin(wanted, stored.ids)]):
         raise ConfigError(f"id {int(both[0])} and {len(both) - 1} more are in the index already; delete them first, or give other ids.")
     if len(again := wanted[torch.isin(wanted, stored.deleted)]):
@@ -84,7 +87,7 @@ def claim_more(store: ShardStore, ids: Sequence[int], fingerprint: str) -> int:
     if about(number) in store.names:
         if _is_of(read_part(store, number), ids, fingerprint):
             return number
-        store.remove(about(number), *row_shards(store, number))
+        store.remove(about(number), *row_shards(store, number), *({done(number)} & set(store.names)))
     return _begin(store, number, ids, fingerprint)
 
 

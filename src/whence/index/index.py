@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import Subset
 
-from whence.errors import ConfigError, MismatchError
+from whence.errors import ConfigError
 from whence.index.answer import Answer
 from whence.index.claim import checked_ids
 from whence.index.fidelity import Fidelity
+from whence.index.joined import open_stored
 from whence.index.projection import Held, Projection
+from whence.index.rows_at_hand import RowsAtHand
 from whence.index.search import both_ends
-from whence.index.stored import DELETED, StoredIndex
-from whence.index.writer import IDS
 from whence.runtime.batches import check_dataset
 from whence.scores.groups import GroupScores, agreement, group_scores
 from whence.scores.tokens import TokenScores
-from whence.storage.fingerprints import fingerprint_rows
-from whence.storage.shards import ShardStore
 
 QUERY_BYTES = 2**30
 """Gradients of queries that are held at a time where all rows are scored."""
@@ -46,8 +44,8 @@ class Bench(Protocol):
         """Return exact scores of rows by token, on both sides."""
         ...
 
-    def index_append(self, folder: Path, rows: Any, ids: Sequence[int]) -> None:
-        """Add rows to an index."""
+    def index_append(self, folders: Sequence[Path], rows: Any, ids: Sequence[int]) -> None:
+        """Add rows to the index in these folders, one of every checkpoint."""
         ...
 
 
@@ -60,22 +58,39 @@ class Index:
     """One small row per training example; new queries need no pass over the training data.
 
     Args:
-        bench: an `Attributor` of the model that the index is of.
-        folder: where the index is.
+        bench: an `Attributor` of the model that the index is of, or `Checkpoints` of it.
+        folder: where the index is; of several checkpoints, the folders of all, in their order (`Checkpoints.index_folders`).
         train: the rows that were indexed, for exact scores of the best; rows that were appended stand behind them.
         describe: text of a row, for people; answers show it in notebooks.
 
+    Attributes:
+        folders: where the index of each checkpoint is; mostly it is one. folder: it, or the folder that all of them lie in.
+
     Raises:
-        StorageError: there is no index, or it is unfinished or damaged.
+        StorageError: there is no index, it is unfinished or damaged, or the checkpoints' indexes are not of the same rows.
+        ConfigError: no folder is given.
     """
 
-    def __init__(self, bench: Bench, folder: Path | str, *, train: Any = None, describe: Callable[[Any], str] | None = None) -> None:
-        self.folder = Path(folder)
+    def __init__(
+        self,
+        bench: Bench,
+        folder: Path | str | Sequence[Path | str],
+        *,
+        train: Any = None,
+        describe: Callable[[Any], str] | None = None,
+    ) -> None:
+        self.folders = [Path(folder)] if isinstance(folder, Path | str) else list(map(Path, folder))
+        if not self.folders:
+            raise ConfigError("folder is an empty list; give the folder of an index, or those of all checkpoints.")
+        self.folder = Path(os.path.commonpath(self.folders))
         self.describe = describe
-        self._rows = [] if train is None else [train]
-        self._found: dict[int, tuple[Any, int]] | None = None
         self._bench = bench
-        self._stored = StoredIndex.open(folder)
+        self._open()
+        self._rows = RowsAtHand(self._stored.parts, train)
+
+    def _open(self) -> None:
+        """Read anew what is on disk."""
+        self._stored = open_stored(self.folders)
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -115,7 +130,7 @@ class Index:
             MismatchError: the index is of another model. DataError: a query cannot be used.
         """
         asked = range(check_dataset(queries, "query")) if query_rows is None else query_rows
-        several = max(1, QUERY_BYTES // (4 * sum(map(math.prod, self.settings["layers"].values()))))
+        several = max(1, QUERY_BYTES // (4 * len(self.folders) * sum(map(math.prod, self.settings["layers"].values()))))
         parts = []
         for start in range(0, max(1, len(asked)), several):
             projection, held = self._bench.index_queries(queries, asked[start : start + several], self.settings)
@@ -169,7 +184,7 @@ class Index:
             top, bottom = both_ends(self._stored.blocks(projection, held), several)
         if rescore:
             ids = self.ids if rescore == 1 else torch.cat([top.ids, bottom.ids], dim=1).unique()
-            rows = self._at_hand(ids.tolist(), "or say rescore=0")
+            rows = self._rows.at(ids.tolist(), "or say rescore=0")
             exact = self._bench.index_exact(queries, query_rows, rows, self.settings, together=together)
             top, bottom = both_ends([(ids, exact.T)], min(k, len(ids)))
         return Answer(proponents=top, opponents=bottom, exact=rescore > 0, agreement=agreed, text=self._text)
@@ -197,17 +212,7 @@ class Index:
             raise ConfigError(f"ids={list(ids)}: {f'{unknown[0]} is not in the index' if unknown else 'there is none'}. Give ids of rows.")
         if not self._rows:
             raise ConfigError("explain needs the training rows: open the index with train=...")
-        return self._bench.index_tokens(queries, query_rows, self._at_hand(wanted), self.settings)
-
-    def _at_hand(self, ids: Sequence[int], otherwise: str = "") -> list[Any]:
-        """Return the rows with these ids."""
-        unknown = [example for example in ids if example not in self._places]
-        if unknown:
-            raise MismatchError(
-                f"the training rows at hand are not those that were indexed (no example {unknown[0]} among them). "
-                f"Give the rows that were indexed, followed by those that were appended{otherwise and f', {otherwise}'}."
-            )
-        return [self.row(example) for example in ids]
+        return self._bench.index_tokens(queries, query_rows, self._rows.at(wanted), self.settings)
 
     def places(self) -> list[int]:
         """Return where every row is among the rows at hand, `train` before what was appended, in the order of `ids`.
@@ -215,39 +220,15 @@ class Index:
         Raises:
             MismatchError: a row is not at hand.
         """
-        self._at_hand(self.ids.tolist())
-        firsts = {id(rows): sum(map(len, self._rows[:number])) for number, rows in enumerate(self._rows)}
-        return [firsts[id(rows)] + place for rows, place in (self._places[example] for example in self.ids.tolist())]
+        return self._rows.places(self.ids.tolist())
 
     def row(self, example: int) -> Any:
         """Return the training row with an example id; None if it is not among the rows at hand."""
-        rows, place = self._places.get(example, ([None], 0))
-        return rows[place]
+        return self._rows.row(example)
 
     def place(self, example: int) -> int | None:
         """Return where the row with an example id stands in `train` as it was given; None if it is not there."""
-        rows, place = self._places.get(example, (None, 0))
-        return place if self._rows and rows is self._rows[0] else None
-
-    @property
-    def _places(self) -> Mapping[int, tuple[Any, int]]:
-        """Where the row with an example id is: a data set at hand and the place in it.
-
-        A part's rows are taken only from where their fingerprint is found: content that was exchanged meanwhile would be
-        scored under the ids of other rows. All data are read once for that.
-        """
-        if self._found is None:
-            self._found = {}
-            for rows in self._rows:
-                first = 0
-                for part in self._stored.parts:
-                    places = range(first, first + len(part.ids))
-                    if int(part.ids[0]) in self._found:  # the same content may have been appended under other ids
-                        continue
-                    if places.stop <= len(rows) and fingerprint_rows(Subset(rows, places)) == part.fingerprint:
-                        self._found |= {example: (rows, place) for example, place in zip(part.ids.tolist(), places, strict=True)}
-                        first = places.stop
-        return self._found
+        return self._rows.place(example)
 
     def append(self, train: Any, ids: Sequence[int]) -> None:
         """Add rows.
@@ -262,28 +243,25 @@ class Index:
         Raises:
             ConfigError: an id is there already, or was. MismatchError: the model is not the index's. Errors of `Attributor.index`.
         """
-        self._bench.index_append(self.folder, train, ids)
-        self._rows.append(train)
-        self._found = None
-        self._stored = StoredIndex.open(self.folder)
+        self._bench.index_append(self.folders, train, ids)
+        self._open()
+        self._rows = self._rows.followed_by(self._stored.parts, train)
 
     def delete(self, ids: Sequence[int]) -> None:
         """Delete rows: they are not found any more; their bytes stay on disk.
+
+        Of several checkpoints, rows are there until all say so; after a deletion that broke off the same call goes on.
 
         Raises:
             ConfigError: an id is not in the index, or no whole number.
         """
         gone = torch.tensor(checked_ids(ids), dtype=torch.int64).unique()
-        with ShardStore(self.folder, kind="index", settings=self.settings) as store:
-            stored = StoredIndex.of(store)  # another process may have written since this object was made
-            unknown = gone[~torch.isin(gone, stored.ids)]
-            if len(unknown):
-                raise ConfigError(f"id {int(unknown[0])} is not in the index; it has {len(stored.ids)} rows.")
-            complete, result = store.complete, store.result
-            store.write(DELETED, {IDS: torch.cat([stored.deleted, gone]).unique()})
-            if complete:
-                store.finish(result)
-        self._stored = StoredIndex.open(self.folder)
+        self._open()  # another process may have written since this object was made
+        unknown = gone[~torch.isin(gone, self.ids)]
+        if len(unknown):
+            raise ConfigError(f"id {int(unknown[0])} is not in the index; it has {len(self)} rows.")
+        self._stored.delete(gone)
+        self._open()
 
     def verify(self) -> None:
         """Read everything and compare checksums.

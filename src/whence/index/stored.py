@@ -30,9 +30,16 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredIndex:
-    """The whole parts of an index; one that is being appended, or was broken off, is not there."""
+    """The whole parts of an index; one that is being appended, or was broken off, is not there.
+
+    Attributes:
+        store: the shards.
+        first: only so many parts count; None: all that are whole. gone: these ids are deleted; None: those that the store says.
+    """
 
     store: ShardStore
+    first: int | None = None
+    gone: Tensor | None = None
 
     @classmethod
     def open(cls, folder: Path | str) -> StoredIndex:
@@ -63,11 +70,13 @@ class StoredIndex:
     def parts(self) -> list[Part]:
         """The parts, in their order."""
         count = sum(name.endswith("/done") for name in self.store.names)
-        return [read_part(self.store, number) for number in range(count)]
+        return [read_part(self.store, number) for number in range(count)][: self.first]
 
     @cached_property
     def deleted(self) -> Tensor:
         """Example ids that are not to be found, int64."""
+        if self.gone is not None:
+            return self.gone
         return self.store.read(DELETED)[IDS] if DELETED in self.store.names else torch.zeros(0, dtype=torch.int64)
 
     @cached_property
@@ -120,6 +129,17 @@ class StoredIndex:
         """
         for name in self.store.names:
             self.store.read(name)
+
+    def delete(self, gone: Tensor) -> None:
+        """Note in the store that rows with these ids, int64, are not to be found."""
+        with ShardStore(self.store.folder, kind="index", settings=self.settings) as store:
+            present = StoredIndex.of(store).deleted  # another process may have written since this object was made
+            both, complete, result = torch.cat([present, gone]).unique(), store.complete, store.result
+            if len(both) == len(present):
+                return
+            store.write(DELETED, {IDS: both})
+            if complete:
+                store.finish(result)
 
     def _shards(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every shard of rows with the ids of all its rows, deleted ones too."""
