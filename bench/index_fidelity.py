@@ -26,7 +26,7 @@ from torch import Tensor
 
 from whence.attributor import Attributor
 from whence.index.fidelity import fidelity, recall
-from whence.index.index import candidates
+from whence.index.search import candidates
 from whence.recipes.base import load_recipe
 
 PLANS = ("factors:auto", "factors:int8", "factors:int4", "pca:int8", "pca:int4", "kronecker:int8", "sjlt:int8")

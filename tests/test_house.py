@@ -154,7 +154,7 @@ def test_everything_that_is_installed_is_pinned() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     wanted = [
         *project["dependencies"],
-        *(name for extra in ("hf", "report", "serve", "tutorials", "dev") for name in project["optional-dependencies"][extra]),
+        *(name for extra in ("hf", "report", "serve", "faiss", "tutorials", "dev") for name in project["optional-dependencies"][extra]),
     ]
     pins = re.findall(r"^([\w.-]+)==\S+$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), flags=re.MULTILINE)
     plain = {name.lower().replace("_", "-") for name in pins}

@@ -118,6 +118,10 @@ class Checkpoints:
         number = len(stored.parts)
         self._each(lambda attributor, folder: attributor.index_append([folder], rows, ids, number=number), folders)
 
+    def index_nearest(self, folders: Sequence[Path], rows: Any, settings: Mapping[str, Any]) -> None:
+        """Refuse: what is near is different at each checkpoint."""
+        raise ConfigError("an index of several checkpoints has no approximate one; accelerate an index of one checkpoint.")
+
     def _own(self, settings: Mapping[str, Any]) -> list[Any]:
         """Return what an index of as many checkpoints as there are here was made with at each of them."""
         own = list(settings.get(CHECKPOINTS, [settings]))

@@ -22,8 +22,10 @@ from whence.curvature.stored import Preconditioner, stored_curvature
 from whence.errors import MismatchError
 from whence.index.balance import Balance, balance
 from whence.index.claim import checked_ids, claim_first, claim_more, finish
+from whence.index.dense import DenseRows
 from whence.index.fidelity import drawn_for_fidelity, fidelity
 from whence.index.make import make_dense, make_factors
+from whence.index.nearest import write_nearest
 from whence.index.pilot import best_spent
 from whence.index.projection import Held, Projection, RowSettings
 from whence.index.stored import StoredIndex
@@ -123,6 +125,13 @@ class IndexBench(TokenBench):
         with self._ready(rows, settings["strategy"], spectrum, made, settings.get("indexed"), queries=queries) as ready:
             _refuse_another(settings, ready.settings)
             return ready.projection, self._hold(ready, rows)
+
+    def index_nearest(self, folders: Sequence[Path], rows: Any, settings: Mapping[str, Any]) -> None:
+        """Write an approximate index beside the rows of the index in the one folder."""
+        (folder,) = folders
+        projection, _ = self.index_queries(rows, [0], settings)
+        assert isinstance(projection, DenseRows)
+        write_nearest(StoredIndex.open(folder), projection, seed=self.seed, stages=self.stages)
 
     def index_exact(
         self, queries: Any, query_rows: Sequence[int] | None, rows: list[Any], settings: Mapping[str, Any], *, together: bool = False

@@ -54,6 +54,17 @@ def test_the_help_of_index_is_its_own(run: Any) -> None:
     assert "--normalize" not in run("index", "--help").out
 
 
+def test_an_approximate_index_gives_the_same_answers(run: Any, here: Path) -> None:
+    pytest.importorskip("faiss")
+    assert "keeps triplets" in refused(run, "index", "recipe.py:interrupted", "--faiss")
+    assert "several checkpoints" in refused(run, "index", "recipe.py:interrupted", "--faiss", "--over-run")
+    made = indexed(run, "--projection", "pca", "--keep", "1/2", "--faiss")
+    assert made["faiss"] is True
+    assert len(list((here / made["index"]).glob("*.faiss"))) == 1
+    near, every = (done(run, "query", MINE, "--rescore", "0", "--nprobe", lists, "--json").data for lists in ("99", "0"))
+    assert near == every
+
+
 @pytest.mark.usefixtures("offline_and_quick")
 def test_an_index_of_all_snapshots_is_asked_like_any_other(run: Any, here: Path, place: Place) -> None:
     pytest.importorskip("transformers")

@@ -11,7 +11,7 @@ from whence.cli.opening import Flat, IndexName, IndexRecipe, open_index
 from whence.cli.options import AskOptions, DataOptions, ListOptions, RunOptions
 from whence.cli.questions import Question, as_one, check_one_kind, questions, read_lines
 from whence.cli.tokens import mark_tokens
-from whence.cli.values import Share, Switch
+from whence.cli.values import Share, Switch, Whole
 
 if TYPE_CHECKING:
     from whence.index.answer import Answer
@@ -31,6 +31,7 @@ def query(
     name: str | None = None,
     over_run: Switch = False,
     rescore: Share = 0.05,
+    nprobe: Whole | None = None,
     listing: Annotated[ListOptions, Flat] = ListOptions(),  # noqa: B008
     data: Annotated[DataOptions, Flat] = DataOptions(),  # noqa: B008
     run: Annotated[RunOptions, Flat] = RunOptions(),  # noqa: B008
@@ -44,6 +45,7 @@ def query(
         name: Folder of the index in the run folder, if it was given one.
         over_run: Ask the index that whence index --over-run made, of all snapshots of the training.
         rescore: Share of the rows, half of it at either end by the index, that are scored exactly; 0 takes the index's own scores.
+        nprobe: Lists that are read where whence index --faiss made an approximate index; 0 reads all rows. Default: one in 16.
     """
     from whence.scores.request import check_name
 
@@ -63,7 +65,7 @@ def query(
         shown |= {"by": by, "exact": False, "queries": entries}
         told = [line for entry in entries for line in group_lines(entry)]
     else:
-        answer = index.query(rows, k=listing.k, rescore=rescore, together=ask.together)
+        answer = index.query(rows, k=listing.k, rescore=rescore, together=ask.together, nprobe=nprobe)
         entries = _entries(found, index, answer, heads, listing)
         if tokens:
             mark_tokens(found, index, rows, entries, together=ask.together)

@@ -4,54 +4,33 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from whence.errors import ConfigError
 from whence.index.answer import Answer
+from whence.index.bench import Bench
 from whence.index.claim import checked_ids
+from whence.index.dense import DenseRows
 from whence.index.fidelity import Fidelity
 from whence.index.joined import open_stored
+from whence.index.nearest import Nearest, blocks_at, check_projection, open_nearest, require_faiss, verify_nearest
 from whence.index.projection import Held, Projection
 from whence.index.rows_at_hand import RowsAtHand
-from whence.index.search import both_ends
+from whence.index.search import both_ends, candidates
+from whence.index.stored import StoredIndex
 from whence.runtime.batches import check_dataset
 from whence.scores.groups import GroupScores, agreement, group_scores
 from whence.scores.tokens import TokenScores
 
 QUERY_BYTES = 2**30
 """Gradients of queries that are held at a time where all rows are scored."""
-
-
-class Bench(Protocol):
-    """What an index needs of the model: gradients of queries, and exact scores of a few rows."""
-
-    def index_queries(self, queries: Any, query_rows: Sequence[int] | None, settings: Mapping[str, Any]) -> tuple[Projection, Held]:
-        """Return the index's projection, and the queries as it holds them."""
-        ...
-
-    def index_exact(
-        self, queries: Any, query_rows: Sequence[int] | None, rows: list[Any], settings: Mapping[str, Any], *, together: bool = False
-    ) -> Tensor:
-        """Return exact scores `[query, row]` of rows; `together`: their mean over the queries, `[1, row]`."""
-        ...
-
-    def index_tokens(self, queries: Any, query_rows: Sequence[int] | None, rows: list[Any], settings: Mapping[str, Any]) -> TokenScores:
-        """Return exact scores of rows by token, on both sides."""
-        ...
-
-    def index_append(self, folders: Sequence[Path], rows: Any, ids: Sequence[int]) -> None:
-        """Add rows to the index in these folders, one of every checkpoint."""
-        ...
-
-
-def candidates(rows: int, k: int, rescore: float) -> int:
-    """Return how many rows at each end by the index are looked at for `k` answers: half of the share that is scored exactly."""
-    return min(rows, max(k, round(rescore * rows / 2)))
 
 
 class Index:
@@ -91,6 +70,7 @@ class Index:
     def _open(self) -> None:
         """Read anew what is on disk."""
         self._stored = open_stored(self.folders)
+        vars(self).pop("_nearest", None)
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -151,7 +131,14 @@ class Index:
         return group_scores(values.mean(0, keepdim=True) if together else values, groups, query_rows=None if together else query_rows)
 
     def query(
-        self, queries: Any, *, k: int = 10, rescore: float = 0.05, query_rows: Sequence[int] | None = None, together: bool = False
+        self,
+        queries: Any,
+        *,
+        k: int = 10,
+        rescore: float = 0.05,
+        query_rows: Sequence[int] | None = None,
+        together: bool = False,
+        nprobe: int | None = None,
     ) -> Answer:
         """Return the rows that pushed each query's measurement down and up most.
 
@@ -163,6 +150,8 @@ class Index:
             query_rows: which queries.
             together: explain the mean of the queries' measurements, such as of a whole class, as one query; the answer then says how
                 much the queries agree, by the index's own scores.
+            nprobe: lists of the approximate index (`accelerate`) that are read for each end of each query; by default one in 16;
+                0: read all rows instead. `together` always does.
 
         Raises:
             ConfigError: an option cannot be used, or all rows are deleted. MismatchError: as of `scores`, or `train` is not what was
@@ -170,6 +159,8 @@ class Index:
         """
         if k < 1 or not 0 <= rescore <= 1:
             raise ConfigError(f"k={k}, rescore={rescore}: give k of 1 or more, and a share from 0 to 1.")
+        if nprobe is not None and nprobe < 0:
+            raise ConfigError(f"nprobe={nprobe} is no number of lists; give 1 or more, or 0 to read all rows.")
         if rescore and not self._rows:
             raise ConfigError("rescore needs the training rows: open the index with train=..., or say rescore=0.")
         if not len(self):
@@ -181,13 +172,48 @@ class Index:
             top, bottom = both_ends([(self.ids, values.mean(0, keepdim=True).T)], several)
         else:
             projection, held = self._bench.index_queries(queries, query_rows, self.settings)
-            top, bottom = both_ends(self._stored.blocks(projection, held), several)
+            top, bottom = both_ends(self._blocks(projection, held, several, nprobe), several)
         if rescore:
             ids = self.ids if rescore == 1 else torch.cat([top.ids, bottom.ids], dim=1).unique()
             rows = self._rows.at(ids.tolist(), "or say rescore=0")
             exact = self._bench.index_exact(queries, query_rows, rows, self.settings, together=together)
             top, bottom = both_ends([(ids, exact.T)], min(k, len(ids)))
         return Answer(proponents=top, opponents=bottom, exact=rescore > 0, agreement=agreed, text=self._text)
+
+    def _blocks(self, projection: Projection, held: Held, several: int, nprobe: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Return ids and scores of all rows, or of those that the approximate index names."""
+        nearest = self._nearest if nprobe != 0 else None
+        if nearest is None:
+            return self._stored.blocks(projection, held)
+        assert isinstance(self._stored, StoredIndex)
+        assert isinstance(projection, DenseRows)
+        return blocks_at(self._stored, projection, held, nearest.candidates(held, several, nprobe))
+
+    @cached_property
+    def _nearest(self) -> Nearest | None:
+        if not isinstance(self._stored, StoredIndex):
+            return None
+        found, why_not = open_nearest(self._stored)
+        if why_not is not None:
+            warnings.warn(f"{why_not}; all rows are read instead. Make it anew with accelerate, or whence index --faiss.", stacklevel=4)
+        return found
+
+    def accelerate(self) -> None:
+        """Write an approximate index beside the rows, for some millions of them; `query` then reads part of the rows. Needs `train`.
+
+        It takes a byte for each number of each row, in memory while it is made, and on disk. After `append` and `delete`
+        it is not used until it is made anew by this. See the module `whence.index.nearest`, and docs/guide/index.md for when it pays.
+
+        Raises:
+            ConfigError: rows are triplets, FAISS is not installed, the index is of several checkpoints, or there is no `train`.
+            StorageError: another process is writing the index, or the disk refuses.
+        """
+        check_projection(self.settings["rows"]["projection"])
+        require_faiss()
+        if not self._rows:
+            raise ConfigError("accelerate needs a training row to look at the model with: open the index with train=...")
+        self._bench.index_nearest(self.folders, self._rows.given[0], self.settings)
+        self._open()
 
     def _text(self, example: int) -> str | None:
         row = None if self.describe is None else self.row(example)
@@ -270,3 +296,5 @@ class Index:
             StorageError: a file is missing or altered.
         """
         self._stored.verify()
+        for folder in self.folders:
+            verify_nearest(folder)

@@ -17,6 +17,11 @@ class Best:
     ids: Tensor
 
 
+def candidates(rows: int, k: int, rescore: float) -> int:
+    """Return how many rows at each end by the index are looked at for `k` answers: half of the share that is scored exactly."""
+    return min(rows, max(k, round(rescore * rows / 2)))
+
+
 def both_ends(blocks: Iterable[tuple[Tensor, Tensor]], k: int) -> tuple[Best, Best]:
     """Return the highest and the lowest `k` of scores `[row, query]` that come in blocks with their ids `[row]`.
 

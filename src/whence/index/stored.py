@@ -88,12 +88,12 @@ class StoredIndex:
     @cached_property
     def norms(self) -> Tensor:
         """Self-influence of these rows, float32 `[row]`."""
-        return torch.cat([self.store.view(name)[NORM][self._alive(ids)] for name, ids in self._shards()])
+        return torch.cat([self.store.view(name)[NORM][self._alive(ids)] for name, ids in self.shards()])
 
     @property
     def row_bytes(self) -> float:
         """Bytes on disk per row, everything counted."""
-        files = sum(path.stat().st_size for path in self.store.folder.iterdir() if path.suffix == ".safetensors")
+        files = sum(path.stat().st_size for path in self.store.folder.iterdir() if path.suffix in (".safetensors", ".faiss"))
         return files / sum(len(part.ids) for part in self.parts)
 
     @property
@@ -116,7 +116,7 @@ class StoredIndex:
 
     def blocks(self, projection: Projection, held: Held) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield ids `[row]` and scores `[row, query]`, shard by shard, without what is deleted."""
-        for name, ids in self._shards():
+        for name, ids in self.shards():
             alive = self._alive(ids)
             scores = projection.scores(self.store.view(name), held, len(ids))
             yield (ids, scores) if bool(alive.all()) else (ids[alive], scores[alive])
@@ -141,7 +141,7 @@ class StoredIndex:
             if complete:
                 store.finish(result)
 
-    def _shards(self) -> Iterator[tuple[str, Tensor]]:
+    def shards(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every shard of rows with the ids of all its rows, deleted ones too."""
         for number, part in enumerate(self.parts):
             names = sorted(row_shards(self.store, number))

@@ -9,7 +9,7 @@ from typing import Literal
 from whence.errors import ConfigError
 
 
-def need(name: str, what: str, extra: Literal["hf", "report", "serve"]) -> ModuleType:
+def need(name: str, what: str, extra: Literal["hf", "report", "serve", "faiss"]) -> ModuleType:
     """Import a module of an optional package.
 
     Args:
