@@ -112,7 +112,7 @@ class IndexBench(TokenBench):
                 lambda result: result[1],
                 lambda: raise_not_finite_anywhere(ready.recorder, rows, measurement_of(self.task), "Query gradients"),
             )
-        return ready.projection.settle(held)
+        return held
 
     def index_queries(self, queries: Any, query_rows: Sequence[int] | None, settings: Mapping[str, Any]) -> tuple[Projection, Held]:
         """Return the projection of an index, and the queries as it holds them.

@@ -73,7 +73,7 @@ def test_embeddings_are_sketched(projection: str) -> None:
 def test_queries_that_reach_no_layer_score_zero(projection: str) -> None:
     index = fitted().index(ROWS, projection=projection, keep=1)
     reached, _ = index._bench.index_queries(QUERIES, None, index.settings)
-    scores = torch.cat([scores for _, scores in index._stored.blocks(reached, reached.settle(reached.hold(3)))])
+    scores = torch.cat([scores for _, scores in index._stored.blocks(reached, reached.hold(3))])
     assert torch.equal(scores, torch.zeros(len(ROWS), 3))
 
 

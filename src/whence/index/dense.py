@@ -135,10 +135,6 @@ class DenseRows:
         start = sum(part.size for part in itertools.takewhile(lambda part: part is not self.parts[layer], self.parts.values()))
         held[first : first + len(values), start : start + self.parts[layer].size] = self.parts[layer].of_queries(values)
 
-    def settle(self, held: Tensor) -> Tensor:
-        """Return the queries as they are."""
-        return held
-
     def scores(self, rows: Tensors, held: Tensor, examples: int) -> Tensor:
         """Return products of rows with queries."""
         result = torch.zeros(examples, len(held))

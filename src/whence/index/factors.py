@@ -27,11 +27,9 @@ from whence.capture.pair import Basis, LayerGradient, Pair
 from whence.index.balance import Balance
 from whence.index.cut import Cut, make_cut
 from whence.index.encoding import Dtype, decode, encode, vector_bytes
+from whence.index.meeting import StoredTriplets, meet
 from whence.index.projection import RowSettings, Tensors
-from whence.index.sides import Sides, two_sides
 
-_CHUNK_NUMBERS = 2**19
-"""Numbers that are decoded at a time when rows meet queries: 2 MiB, which stay in the processor's cache."""
 _SPARE = 8
 """Directions beyond those wanted that a range finder looks along."""
 _OVERHEAD = 8
@@ -49,18 +47,10 @@ class Triplets:
 
 @dataclass(frozen=True, kw_only=True)
 class HeldMatrices:
-    """So many queries while they come in, and the `matrices` `[query, out, in]` of the layers that one of them reaches."""
+    """So many queries, and the `matrices` `[query, out, in]` of the layers that one of them reaches."""
 
     queries: int
     matrices: dict[str, Tensor]
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeldSides:
-    """So many queries, and their matrices as products, of the layers that one of them reaches."""
-
-    queries: int
-    sides: dict[str, Sides]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,32 +124,14 @@ class FactorRows:
             held.matrices[layer] = torch.zeros(held.queries, *cut.sizes)
         held.matrices[layer][first : first + len(values)] = cut.of(values)
 
-    def settle(self, held: HeldMatrices) -> HeldSides:
-        """Return the queries as products of few vectors, layer by layer."""
-        return HeldSides(queries=held.queries, sides={name: two_sides(held.matrices.pop(name)) for name in list(held.matrices)})
-
-    def scores(self, rows: Tensors, held: HeldSides, examples: int) -> Tensor:
+    def scores(self, rows: Tensors, held: HeldMatrices, examples: int) -> Tensor:
         """Return products of rows with queries."""
         result = torch.zeros(examples, held.queries)
         for number, name in enumerate(self.shapes):
-            if name in held.sides:
-                triplets = {key: rows[f"{number}/{key}"] for key in ("left", "right", "scale", "row")}
-                self._meet(triplets, held.sides[name], result)
+            if name in held.matrices:
+                stored = {key: rows[f"{number}/{key}"] for key in ("left", "right", "scale", "row")}
+                meet(StoredTriplets(**stored, dtype=self.settings.number_type), held.matrices[name], result)
         return result
-
-    def _meet(self, triplets: Tensors, sides: Sides, result: Tensor) -> None:
-        """Add a layer's products to scores `[row, query]`."""
-        outputs, inputs = sides.outputs.shape[-1], sides.inputs.shape[-1]
-        left, right = sides.outputs.flatten(0, 1).mT, sides.inputs.flatten(0, 1).mT
-        queries, rank, _ = sides.outputs.shape
-        step = max(1, _CHUNK_NUMBERS // max(inputs, outputs, queries * rank))
-        for start in range(0, len(triplets["row"]), step):
-            some = slice(start, start + step)
-            products = decode(triplets["right"][some], self.settings.number_type, inputs) @ right
-            products *= decode(triplets["left"][some], self.settings.number_type, outputs) @ left
-            scores = products.unflatten(1, (queries, rank)).sum(2) if rank > 1 else products
-            scores *= triplets["scale"][some, None]
-            result.index_add_(0, triplets["row"][some], scores)
 
 
 @dataclass(frozen=True, kw_only=True)

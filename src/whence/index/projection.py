@@ -59,10 +59,6 @@ class Projection(Protocol):
         """Take a layer's P `[query, group, out, in]` of the queries from `first` on."""
         ...
 
-    def settle(self, held: Held) -> Held:
-        """Return the queries, all of which have come in, in the form in which rows meet them."""
-        ...
-
     def scores(self, rows: Tensors, held: Held, examples: int) -> Tensor:
         """Return products of stored rows with queries, float32 `[row, query]`."""
         ...
