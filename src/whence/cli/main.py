@@ -53,6 +53,8 @@ HINTS: dict[type[WhenceError], str] = {
     NotFittedError: " On the command line: whence fit.",
     MismatchError: " On the command line: --overwrite with the verb that wrote it, or another --name or --run-dir.",
 }
+# Verbs that ask an index and write none, so that --overwrite is no option of theirs.
+ASKS = {"query", "serve"}
 
 GROUPS = {"evaluate": "Evidence for and against scores: retraining, wrong labels, agreement, checks of minutes."}
 
@@ -140,6 +142,8 @@ def _report(error: Exception, given: list[str]) -> int:
         return 2
     if isinstance(error, WhenceError):
         hint = next((hint for kind, hint in HINTS.items() if isinstance(error, kind)), "")
+        if isinstance(error, MismatchError) and ASKS.intersection(given[:1]):
+            hint = " On the command line: whence fit and whence index with --overwrite make it anew; --name and --recipe name another."
         output.message(f"whence: {error}{hint}")
         failed = isinstance(error, NumericalError | StorageError) and not isinstance(error, MismatchError)
         return 1 if failed else 2

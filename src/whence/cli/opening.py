@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 from cyclopts import Parameter
 
-from whence.cli.options import DataOptions, RunOptions
+from whence.cli.options import DataOptions, RunOptions, Strategy
 from whence.errors import ConfigError, RecipeError
 
 if TYPE_CHECKING:
@@ -25,7 +25,10 @@ Flat = Parameter(name="*")
 RECIPE_HELP = "digits, glue, stdlib, swag, wikitext, or file.py:object, where the object is a Recipe or a function that returns one."
 RecipeName = Annotated[str, Parameter(name="recipe", help=RECIPE_HELP)]
 
-INDEX_HELP = f"Folder of an index (RUN_DIR/index/NAME) or of the run that has one; or its recipe: {RECIPE_HELP}"
+INDEX_HELP = (
+    f"Folder of an index (RUN_DIR/index/NAME) or of the run that has one; or its recipe: {RECIPE_HELP} A folder is opened with the layers, "
+    "fallback, precision, adam and seed that it was made with; another value than the default goes before them."
+)
 IndexName = Annotated[str, Parameter(name="index", help=INDEX_HELP)]
 IndexRecipe = Annotated[str | None, Parameter(help="Recipe of an index that is given by its folder. Default: the one that run.json names.")]
 # What an index depends on beside its recipe, and how run.json may say it.
@@ -54,15 +57,20 @@ def open_index(
     name: str | None = None,
     over_run: bool = False,
 ) -> tuple[Attributor, Recipe, Index]:
-    """Open an index by its recipe, or by its folder, whose `run.json` names recipe and options; what is given goes before that.
+    """Open an index by its recipe, or by its folder, whose `run.json` names recipe and options.
 
+    What is given goes before what is recorded. Of the options that an index is made with, a default does not count as given.
     A recipe in a Python file that a folder names is not run; `recipe` asks for it. `over_run`: that of the training's snapshots.
 
     Raises:
         ConfigError: there is no index, or not one alone. RecipeError: no recipe is named. StorageError: the index cannot be read.
     """
     from whence.index.index import Index
+    from whence.scores.request import check_name
 
+    if name is not None and strategy is not None:
+        raise ConfigError(f"--name {name} and --strategy {strategy} both say which index is asked. Give one of them.")
+    check_name(name or strategy)
     folder = _index_folder(spec)
     if folder is None:
         if recipe is not None:
@@ -74,10 +82,7 @@ def open_index(
             bench = open_snapshots(found, run)
             folders = bench.index_folders(name or strategy or "identity")
         if not folders[0].exists():
-            like = f"{spec} --over-run" if over_run else spec
-            raise ConfigError(
-                f"{folders[0]} does not exist: there is no index to ask. Run first: whence index {like}, or name one with --name."
-            )
+            raise ConfigError(_no_index(spec, run, folders[0], "identity" if over_run else "ekfac", over_run=over_run))
         return attributor, found, Index(bench, folders, train=found.train)
     if over_run:
         raise ConfigError(f"--over-run: {folder} is the folder of one index; name the recipe whose training had the snapshots instead.")
@@ -87,19 +92,27 @@ def open_index(
     return attributor, found, Index(attributor, folder, train=found.train)
 
 
+def _no_index(spec: str, run: RunOptions, folder: Path, default: str, *, over_run: bool) -> str:
+    """Say how the index that is not there is made, and which ones are."""
+    name, there = folder.name, sorted(path.parent.name for path in folder.parent.glob("*/manifest.json"))
+    which = "" if name == default else f" --{'strategy' if name in get_args(Strategy) else 'name'} {name}"
+    place = "" if run.run_dir is None else f" --run-dir {run.run_dir}"
+    others = f", or ask another with --name: {', '.join(there)}" if there else ""
+    run_first = f"whence index {spec}{' --over-run' if over_run else ''}{which}{place}"
+    return f"{folder} does not exist: there is no index to ask. Run first: {run_first}{others}."
+
+
 def _index_folder(spec: str) -> Path | None:
     """Return the folder of the index that an argument names; None: it names a recipe."""
     from whence.recipes.base import BUILT_IN
 
     folder = Path(spec)
     if spec in BUILT_IN or not folder.is_dir():
-        if "/" in spec and ":" not in spec:
+        if "/" in spec and ":" not in spec and not spec.endswith(".py"):
             raise ConfigError(f"{spec}: there is no such folder. Give the folder of an index, of a run that has one, or a recipe.")
         return None
     if (folder / "manifest.json").is_file():
-        if folder.resolve().parent.name != "index":
-            raise ConfigError(f"{folder} lies in no run folder; an index is opened where it was made, as RUN_DIR/index/NAME.")
-        return folder
+        return _checked_index(folder)
     found = sorted(path.parent for path in folder.glob("index/*/manifest.json"))
     if len(found) != 1:
         have = f"several: {', '.join(map(str, found))}. Name one" if found else "none. Make one with whence index, or give another folder"
@@ -107,20 +120,35 @@ def _index_folder(spec: str) -> Path | None:
     return found[0]
 
 
+def _checked_index(folder: Path) -> Path:
+    from whence.storage.manifest import read_manifest
+
+    kind = read_manifest(folder).kind
+    if kind != "index":
+        raise ConfigError(f"{folder} holds {kind}, and no index. Give the folder of an index, of a run that has one, or a recipe.")
+    if folder.resolve().parent.name != "index":
+        raise ConfigError(f"{folder} lies in no run folder; an index is opened where it was made, as RUN_DIR/index/NAME.")
+    return folder
+
+
 def _reopened(folder: Path, run: RunOptions, data: DataOptions, recipe: str | None) -> tuple[Attributor, Recipe]:
     """Open the recipe of an index on its run folder, with the options that it was made with."""
     from whence.attributor import Attributor
     from whence.recipes.base import load_recipe
-    from whence.report.reopen import reopened
+    from whence.report.reopen import named_recipe, open_named, recipe_of
 
     place = folder.resolve().parent.parent
+    record = _record_of(folder)
     try:
-        found = reopened(place, **data.given()) if recipe is None else load_recipe(recipe, **data.given())
+        if recipe is not None:
+            found = load_recipe(recipe, **data.given())
+        else:
+            found = open_named(named_recipe(place) if record is None else recipe_of(record), **data.given())
     except RecipeError as error:
         if recipe is not None:
             raise
         raise RecipeError(f"{folder}: {str(error).rstrip('.')}. Name the recipe with --recipe.") from error
-    run = replace(run, run_dir=place, **{name: value for name, value in _made_with(folder).items() if _is_default(run, name)})
+    run = replace(run, run_dir=place, **{name: value for name, value in _made_with(record).items() if _is_default(run, name)})
     return Attributor(found.model, found.task, run_dir=place, **_options(found, run)), found
 
 
@@ -128,17 +156,23 @@ def _is_default(run: RunOptions, name: str) -> bool:
     return bool(getattr(run, name) == getattr(RunOptions, name))
 
 
-def _made_with(folder: Path) -> dict[str, Any]:
-    """Return the options that `run.json` says an index was made with."""
+def _record_of(folder: Path) -> dict[str, Any] | None:
+    """Return what `run.json` says of the making of an index: its last record that names a recipe, else its last; None: nothing."""
     from whence.index.stored import StoredIndex
+    from whence.report.reopen import recipe_of
     from whence.storage.run import read_records
 
     settings = StoredIndex.open(folder).settings
-    for record in reversed(read_records(folder.resolve().parent.parent / "run.json")):
-        if isinstance(record, dict) and record.get("call") == "index" and record.get("settings") == settings:
-            options = record.get("options") or {}
-            return {name: options[name] for name, kind in _RECORDED.items() if isinstance(options.get(name), kind)}
-    return {}
+    records = [record for record in reversed(read_records(folder.resolve().parent.parent / "run.json")) if isinstance(record, dict)]
+    own = [record for record in records if record.get("call") == "index" and record.get("settings") == settings]
+    # Rows that were appended from Python leave a record too, which names no recipe.
+    return next(filter(recipe_of, own), own[0] if own else None)
+
+
+def _made_with(record: dict[str, Any] | None) -> dict[str, Any]:
+    """Return the options that a record of `run.json` says an index was made with."""
+    options = (record or {}).get("options") or {}
+    return {name: options[name] for name, kind in _RECORDED.items() if isinstance(options.get(name), kind)}
 
 
 def origin(spec: str, data: DataOptions) -> dict[str, Any]:

@@ -11,28 +11,36 @@ from whence.recipes.base import BUILT_IN, Recipe, load_recipe
 from whence.storage.run import read_records
 
 
+def recipe_of(record: Any) -> dict[str, Any] | None:
+    """Return what a record of `run.json` says of the recipe that was opened for it: `spec` and `options`; None: nothing."""
+    found = record.get("recipe") if isinstance(record, Mapping) else None
+    if isinstance(found, Mapping) and isinstance(found.get("spec"), str) and isinstance(found.get("options"), Mapping):
+        return {"spec": found["spec"], "options": dict(found["options"])}
+    return None
+
+
 def named_recipe(run_dir: Path) -> dict[str, Any] | None:
-    """Return what `run.json` says of the last recipe that was opened from the command line: `spec` and `options`; None: nothing.
+    """Return what `run.json` says of the last recipe that was opened from the command line, as of `recipe_of`.
 
     Raises:
         StorageError: `run.json` is no list of records.
     """
-    for record in reversed(read_records(run_dir / "run.json")):
-        found = record.get("recipe") if isinstance(record, Mapping) else None
-        if isinstance(found, Mapping) and isinstance(found.get("spec"), str) and isinstance(found.get("options"), Mapping):
-            return {"spec": found["spec"], "options": dict(found["options"])}
-    return None
+    return next(filter(None, map(recipe_of, reversed(read_records(run_dir / "run.json")))), None)
 
 
 def reopened(run_dir: Path, **options: Any) -> Recipe:
-    """Open the recipe that a run folder names; `options` go before those that it names, for data or a model that were moved.
+    """Open the last recipe that a run folder names, as of `open_named`."""
+    return open_named(named_recipe(run_dir), **options)
+
+
+def open_named(named: Mapping[str, Any] | None, **options: Any) -> Recipe:
+    """Open a recipe that `run.json` names; `options` go before those that it names, for data or a model that were moved.
 
     A recipe in a Python file is not opened: a folder of results, which may come from elsewhere, must not choose code to be run.
 
     Raises:
         RecipeError: none is named, or one in a file. Others as of `load_recipe`.
     """
-    named = named_recipe(run_dir)
     if named is None:
         raise RecipeError("run.json names no recipe, as of runs that were made from Python")
     spec = named["spec"]
