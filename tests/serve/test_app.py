@@ -16,11 +16,11 @@ import finetuned
 import whence
 from case_run import HOSTILE
 from case_serve import answers_of, readable, working
-from whence.errors import ConfigError
+from whence.errors import ConfigError, DataError, MismatchError, StorageError
 from whence.report.run_scores import number
 from whence.serve import app, guard
 from whence.serve.answers import Answers, Question
-from whence.serve.desk import WAITING, Desk
+from whence.serve.desk import WAITING, Desk, StoppedError
 
 pytest.importorskip("starlette")
 from starlette.testclient import TestClient
@@ -121,6 +121,7 @@ def test_the_page_says_what_the_index_is_of(client: TestClient, made: tuple[Answ
         ({"query": 0, "k": 101}, "1 to 100"),
         ({"query": 0, "k": None}, "1 to 100"),
         ({"text": "a", "generate": True}, "generates nothing"),
+        ({"query": 0, "generate": True}, "generate goes on with a text"),
         ({"query": 0, "rescore": 1}, "'rescore' is not known"),
     ],
 )
@@ -174,6 +175,9 @@ def test_an_open_address_takes_addresses_but_no_foreign_names() -> None:
 def test_other_pages_may_not_ask(client: TestClient, headers: dict[str, str]) -> None:
     for path in ("/api/query", "/api/tokens"):
         assert "another page" in error_of(client.post(path, json={"query": 0}, headers=headers), 403)
+    for path in ("/api/index", "/api/queries?first=0"):
+        assert "another page" in error_of(client.get(path, headers=headers), 403)
+    assert client.get("/", headers=headers).status_code == 200, "a link to the page may be followed"
     assert client.post("/api/query", json={"query": 0}, headers={"Origin": HOME, "Sec-Fetch-Site": "same-origin"}).status_code == 200
 
 
@@ -184,7 +188,10 @@ def test_a_form_may_not_ask(client: TestClient, kind: str) -> None:
 
 
 def test_questions_are_not_asked_by_get(client: TestClient) -> None:
-    assert client.get("/api/query").status_code == 405
+    response = client.get("/api/query")
+    assert error_of(response, 405) == "GET is not for this address."
+    assert response.headers["allow"] == "POST"
+    assert error_of(client.get("/api/nothing"), 404) == "there is nothing at this address."
 
 
 def test_every_answer_keeps_the_browser_to_this_page(client: TestClient) -> None:
@@ -232,6 +239,65 @@ def test_what_is_unexpected_is_told_to_the_terminal_alone(
     assert client.post("/api/query", json={"query": 0}).status_code == 200
 
 
+def test_files_of_the_server_are_told_to_the_terminal_alone(
+    client: TestClient, made: tuple[Answers, whence.Attributor], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(error: Exception) -> Any:
+        def query(*_: Any, **__: Any) -> None:
+            raise error
+
+        return query
+
+    for kind in (StorageError, MismatchError):
+        monkeypatch.setattr(made[0].index, "query", fails(kind("a secret path")))
+        assert error_of(client.post("/api/query", json={"query": 0}), 500) == app.UNEXPECTED
+    assert caplog.text.count("Error: a secret path") == 2
+    monkeypatch.setattr(made[0].index, "query", fails(DataError("that text is of no use")))
+    assert error_of(client.post("/api/query", json={"query": 0}), 400) == "that text is of no use"
+
+
+def test_a_question_about_one_query_reads_no_others(made: tuple[Answers, whence.Attributor]) -> None:
+    read: list[int] = []
+
+    class Rows(list[Any]):
+        def __getitem__(self, place: Any) -> Any:
+            read.append(place)
+            return super().__getitem__(place)
+
+    found = readable()
+    found.model, found.queries = made[0].recipe.model, Rows(found.queries)
+    told = Answers(found, made[0].index).query(Question(query=1, exact=False))["asked"]
+    assert set(read) == {1}
+    assert (told["query"], told["text"]) == (1, "sample number 1")
+    assert told["says"] == told["reading"][0][0]
+
+
+def test_answers_of_another_server_are_not_known(made: tuple[Answers, whence.Attributor]) -> None:
+    first, second = (Answers(made[0].recipe, made[0].index) for _ in range(2))
+    told = [one.query(Question(query=0, exact=False))["answer"] for one in (first, second)]
+    assert told[0] != told[1]
+    with pytest.raises(ConfigError, match="no longer kept"):
+        second.tokens(told[0], 0)
+
+
+def test_rows_on_each_side_are_not_cut_down_silently(made: tuple[Answers, whence.Attributor]) -> None:
+    with pytest.raises(ConfigError, match="k=500: rows on each side are 1 to 100"):
+        Answers(made[0].recipe, made[0].index, k=500)
+
+
+@pytest.mark.parametrize(
+    ("given", "said", "shown"), [("a " * 800, "THE END", "…" + ("a " * 800)[-1500:]), ("Q:\n\n  A", "\n\nB", "Q:\n\n  A")]
+)
+def test_what_a_model_was_given_and_went_on_with_are_apart(
+    made: tuple[Answers, whence.Attributor], given: str, said: str, shown: str
+) -> None:
+    found = readable()
+    found.model = made[0].recipe.model
+    found.generate = lambda text: {0: torch.ones(4), 1: 1, 2: text + said, "text": text + said, "continuation": said}
+    asked = Answers(found, made[0].index).query(Question(text=given, generate=True, exact=False))["asked"]
+    assert (asked["given"], asked["continuation"]) == (shown, said)
+
+
 def test_too_many_questions_are_sent_away(made: tuple[Answers, whence.Attributor]) -> None:
     desk = Desk()
 
@@ -240,17 +306,16 @@ def test_too_many_questions_are_sent_away(made: tuple[Answers, whence.Attributor
         await asyncio.sleep(0)
         with pytest.raises(queue.Full):
             await desk.ask(lambda: 2)
-        for one in waiting:
-            one.cancel()
-        await asyncio.gather(*waiting, return_exceptions=True)
+        waiting.pop().cancel()
+        await asyncio.sleep(0.05)
+        waiting.append(asyncio.ensure_future(desk.ask(lambda: 3)))  # the place is free again
+        await asyncio.sleep(0.05)
+        response = await asyncio.to_thread(client_of(made[0], desk).post, "/api/query", json={"query": 0})
+        assert "ask again" in error_of(response, 503)
+        desk.close()
+        assert all(isinstance(one, StoppedError) for one in await asyncio.gather(*waiting, return_exceptions=True))
 
     asyncio.run(many())
-    assert "ask again" in error_of(client_of(made[0], desk_full(desk)).post("/api/query", json={"query": 0}), 503)
-
-
-def desk_full(desk: Desk) -> Desk:
-    assert desk._jobs.full(), "cancelled questions stay in the queue until it is their turn"
-    return desk
 
 
 def test_answers_are_kept_for_a_while_only(made: tuple[Answers, whence.Attributor]) -> None:

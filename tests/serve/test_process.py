@@ -142,6 +142,14 @@ def test_a_port_that_is_taken(folder: Path, capsys: pytest.CaptureFixture[str]) 
     assert told.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("options", "text"), [(["--k", "500"], "rows on each side are 1 to 100"), (["--batch-size", "4"], "--batch-size is for verbs that")]
+)
+def test_options_that_would_do_nothing(capsys: pytest.CaptureFixture[str], options: list[str], text: str) -> None:
+    assert main(["serve", "nowhere/index/x", "--port", "0", *options]) == 2
+    assert text in capsys.readouterr().err
+
+
 def test_addresses_that_are_none_of_this_machine() -> None:
     with pytest.raises(ConfigError, match="--host no host at all"), listening("no host at all", 0):
         pass

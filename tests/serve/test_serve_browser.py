@@ -80,6 +80,18 @@ def test_an_error_is_one_message_on_the_page(browser: Browser, tmp_path: Path) -
     assert "does not answer" in browser.until("document.getElementById('error').textContent.includes('Does it') && document.body.innerText")
 
 
+def test_an_answer_that_is_no_json_is_told_by_its_status(browser: Browser, tmp_path: Path) -> None:
+    answers, _ = answers_of(readable(), tmp_path / "run")
+    with served(answers) as url:
+        browser.open(url)
+        browser.until(READY)
+        browser.run("window.fetch = async () => new Response('Service Unavailable', {status: 503})")
+        browser.type("#text", "what is it")
+        browser.click("#go")
+        browser.until("!document.getElementById('error').hidden")
+        assert browser.run("document.getElementById('error').textContent").startswith("whence serve answers with 503 and no reason.")
+
+
 def test_hostile_text_is_shown_and_does_nothing(browser: Browser, tmp_path: Path) -> None:
     answers, _ = answers_of(readable(HOSTILE.replace("/", "|")), tmp_path / "run")
     with served(answers) as url:

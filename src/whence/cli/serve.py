@@ -10,6 +10,7 @@ from whence.cli import output
 from whence.cli.opening import Flat, IndexName, IndexRecipe, open_index
 from whence.cli.options import DataOptions, RunOptions
 from whence.cli.values import Count, Share
+from whence.errors import ConfigError
 
 
 def serve(
@@ -33,15 +34,16 @@ def serve(
         host: Address to listen on. The default is reached from this machine alone; there is no password, so leave it at that.
         strategy: The index to ask, by its name or the strategy's. Default: ekfac.
         name: Folder of the index in the run folder, if it was given one.
-        k: Rows on each side, to begin with.
+        k: Rows on each side, to begin with; 1 to 100.
         rescore: Share of the rows that are scored exactly where the page asks for it; 0 offers the index's own scores alone.
     """
-    from whence.scores.request import check_name
-    from whence.serve.answers import Answers
+    from whence.serve.answers import Answers, check_k
     from whence.serve.guard import is_loopback
     from whence.serve.run import listening, serve, url_of
 
-    check_name(name)
+    check_k(k)
+    if run.batch_size != "auto":
+        raise ConfigError("--batch-size is for verbs that go through all training rows, and serve does not. Leave it out.")
     with listening(host, port) as bound:
         address = url_of(bound)
         if not is_loopback(host):

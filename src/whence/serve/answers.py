@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -18,6 +19,17 @@ from whence.report.run_scores import about, effect, number, shades
 
 LONGEST, MOST_ROWS, MOST_TOKENS = 20_000, 100, 2_000
 _PAGE, _KEPT, _CLASSES = 48, 32, 5
+_LONGEST_GIVEN = 1500
+
+
+def check_k(k: int) -> None:
+    """Refuse a number of rows on each side that no answer has.
+
+    Raises:
+        ConfigError: it is not from 1 to 100.
+    """
+    if not 1 <= k <= MOST_ROWS:
+        raise ConfigError(f"k={k}: rows on each side are 1 to {MOST_ROWS}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +65,9 @@ class Question:
             raise ConfigError("the text is empty. Type something.")
         if self.text is not None and len(self.text) > LONGEST:
             raise ConfigError(f"the text has {len(self.text):,} characters; {LONGEST:,} are taken at most.")
-        if self.k is None or not 1 <= self.k <= MOST_ROWS:
-            raise ConfigError(f"k={self.k}: rows on each side are 1 to {MOST_ROWS}.")
+        if self.generate and self.query is not None:
+            raise ConfigError("generate goes on with a text, and a query has been given. Give a text, or leave generate out.")
+        check_k(self.k or 0)
 
 
 class Answers:
@@ -64,16 +77,21 @@ class Answers:
         recipe: whose rows were indexed.
         index: the index, opened with the recipe's training rows.
         rescore: share of the rows that is scored exactly where that is asked for, as of `Index.query`; 0: it is not offered.
-        k: rows on each side by default.
+        k: rows on each side by default, 1 to 100.
+
+    Raises:
+        ConfigError: k is not from 1 to 100.
     """
 
     def __init__(self, recipe: Recipe, index: Index, *, rescore: float = 0.05, k: int = 10) -> None:
-        self.recipe, self.index, self.rescore, self.k = recipe, index, rescore, min(k, MOST_ROWS)
+        self.recipe, self.index, self.rescore, self.k = recipe, index, rescore, k
+        check_k(k)
         self._source = RowSource.of_recipe(recipe)
         self._outputs = classifier(recipe)
         self._asked: OrderedDict[int, Any] = OrderedDict()
         self._own: dict[int, dict[str, Any]] = {}
-        self._count = 0
+        # A page that was open before a restart must not get another answer's tokens.
+        self._count = secrets.randbelow(2**40)
 
     def about(self) -> dict[str, Any]:
         """Return what the index is of and what can be asked."""
@@ -99,9 +117,9 @@ class Answers:
         damping = settings["spectrum"]["damping"]
         per = {"layer": "each layer's mean eigenvalue", "model": "the model's mean eigenvalue"}
         whole = f"{damping:g}" if not isinstance(damping, Mapping) else f"{damping['relative']:g} of {per[damping['scope']]}"
-        return [
+        facts = [
             ["Model", f"{type(model).__name__}, {size:,} parameters"],
-            ["Index", str(self.index.folder)],
+            ["Index", "/".join(self.index.folder.parts[-3:])],  # the rest says whose machine it is
             ["Training rows", f"{len(self.index):,}"],
             ["Bytes per row", f"{self.index.row_bytes:,.0f}, {self.index.row_bytes / (4 * tracked):.1%} of the gradient in float32"],
             ["Kept of a row", f"{rows['projection']}, {rows['dtype']}"],
@@ -109,6 +127,10 @@ class Answers:
             ["Damping", whole],
             ["Attributed", f"{tracked:,} parameters in {len(settings['layers']):,} layers"],
         ]
+        response, fidelity = settings["spectrum"].get("response"), self.index.fidelity
+        if response:
+            facts.append(["Response", f"unrolled, a run of finite length {response['unrolled']['time']:g}"])
+        return facts if fidelity is None else [*facts, ["Fidelity", str(fidelity)]]
 
     def queries(self, first: int) -> dict[str, Any]:
         """Return the recipe's own queries from number `first` on, some of them."""
@@ -174,8 +196,8 @@ class Answers:
             if question.query >= len(self.recipe.queries) or question.query < 0:
                 raise ConfigError(f"query {question.query}: there are {len(self.recipe.queries)} queries, numbered from 0.")
             row = self.recipe.queries[question.query]
-            shown = {"title": f"Query {question.query}", **self.queries(question.query)["queries"][0]}
-            return row, shown | self._reading(row)
+            known = self._own.get(question.query) or Shelf(self._source).put("queries", question.query)
+            return row, {"title": f"Query {question.query}", "query": question.query, **known, **self._reading(row)}
         make, verb = (self.recipe.generate, "generates nothing") if question.generate else (self.recipe.ask, "does not read texts")
         if make is None:
             raise ConfigError(f"recipe {self.recipe.name} {verb}; ask about one of its own queries.")
@@ -185,7 +207,7 @@ class Answers:
         shown = shown_row(self._source, row, reading.get("says")) | reading
         shown["title"] = "The model went on" if question.generate else "Your text"
         if question.generate and isinstance(row, Mapping) and row.get("continuation"):
-            shown["continuation"] = str(row["continuation"])
+            shown |= _continued(str(row.get("text", question.text)), str(row["continuation"]))
         return row, shown
 
     def _reading(self, row: Any) -> dict[str, Any]:
@@ -209,3 +231,9 @@ class Answers:
 def _heads(shown: dict[str, Any]) -> list[str]:
     label = shown.get("label")
     return ["For it", "Against it"] if label is None else [f"Towards “{label}”", f"Away from “{label}”"]
+
+
+def _continued(whole: str, said: str) -> dict[str, str]:
+    """Return what a model was given, its end if it is long, and what it went on with."""
+    given = whole.removesuffix(said)
+    return {"given": given if len(given) <= _LONGEST_GIVEN else f"…{given[-_LONGEST_GIVEN:]}", "continuation": said}

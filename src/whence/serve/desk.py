@@ -33,8 +33,15 @@ class Desk:
             queue.Full: too many are waiting. StoppedError: the worker ended. What the job raises.
         """
         future: Future[T] = Future()
-        self._jobs.put_nowait((job, future))
-        return await asyncio.wrap_future(future)
+        asked = (job, future)
+        self._jobs.put_nowait(asked)
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:  # whoever asked is gone, and leaves the place to others
+            with self._jobs.mutex:
+                if asked in self._jobs.queue:
+                    self._jobs.queue.remove(asked)
+            raise
 
     def work(self, going: Callable[[], bool]) -> None:
         """Do jobs as they come, as long as `going` says so."""

@@ -1,8 +1,8 @@
 """Who may ask: the page itself on this machine, and no other page that the browser has open.
 
 A page from elsewhere can send requests to an address of this machine, and by a name that it lets point here (DNS rebinding) it
-could read the answers too. So the Host header must be an address or a name of this machine, and what is posted must come
-from the page itself.
+could read the answers too. So the Host header must be an address or a name of this machine, and what is asked of the model, by GET
+too, must come from the page itself.
 """
 
 from __future__ import annotations
@@ -60,19 +60,19 @@ def host_allowed(header: str, bound: str) -> bool:
     return not is_loopback(bound) and (_address(name) is not None or name in {bound.lower(), socket.gethostname().lower()})
 
 
-def refusal(method: str, headers: Any, bound: str) -> tuple[int, str] | None:
+def refusal(method: str, path: str, headers: Any, bound: str) -> tuple[int, str] | None:
     """Return status and reason for which a request is refused; None: it is not."""
     host = headers.get("host", "")
     if len(headers.getlist("host")) != 1 or not host_allowed(host, bound):
         return 403, f"the name {host[:100]!r} is none of this machine's. Open the page by the address that whence serve printed."
-    if method != "POST":
+    if not path.startswith("/api/"):
         return None
     origin, site = headers.get("origin"), headers.get("sec-fetch-site")
     if (origin is not None and origin.lower() not in (f"http://{host.lower()}", f"https://{host.lower()}")) or (
         site is not None and site not in ("same-origin", "none")
     ):
         return 403, "another page asked this; only the page itself may."
-    if headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
+    if method == "POST" and headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
         return 415, "the body is not declared as application/json."
     return None
 
@@ -96,7 +96,7 @@ class Guard:
                 MutableHeaders(scope=message).update(HEADERS)
             await send(message)
 
-        refused = refusal(scope["method"], Headers(scope=scope), self.bound)
+        refused = refusal(scope["method"], scope["path"], Headers(scope=scope), self.bound)
         answer = self.app
         if refused is not None:
             answer = Response(safe_json({"error": refused[1]}), status_code=refused[0], media_type="application/json")

@@ -16,7 +16,7 @@ from whence.serve.desk import Desk
 
 @contextlib.contextmanager
 def listening(host: str, port: int) -> Iterator[socket.socket]:
-    """Give a socket that is bound to an address, before anything long begins.
+    """Give a socket that listens on an address, before anything long begins; whoever connects early waits.
 
     Raises:
         ConfigError: the extra `serve` is not installed, the port is taken or not allowed, or the address is none of this machine's.
@@ -33,6 +33,7 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             bound.bind(address)
+            bound.listen()  # two programs can bind the same port, but not both listen on it
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or error
             raise ConfigError(f"--port {port}: {host} cannot be listened on: {reason}. Give another --port; 0 takes a free one.") from error
@@ -58,7 +59,7 @@ def serve(answers: Answers, bound: socket.socket, *, host: str, ready: Callable[
         ready: called with the page's address, once it can be opened.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C. Others as of `Answers.query`.
+        KeyboardInterrupt: Ctrl-C. ConfigError: the server did not start, or ended by itself. Others as of `Answers.query`.
     """
     import uvicorn
 
@@ -84,8 +85,11 @@ def serve(answers: Answers, bound: socket.socket, *, host: str, ready: Callable[
     try:
         while not server.started and thread.is_alive():
             thread.join(0.02)
+        if not server.started:
+            raise ConfigError(f"{url_of(bound)} could not be served; what went wrong stands above. Give another --port.")
         ready(url_of(bound))
         desk.work(thread.is_alive)
+        raise ConfigError(f"the server of {url_of(bound)} ended by itself; what went wrong stands above. Start it again.")
     finally:
         desk.close()
         server.should_exit = True

@@ -12,8 +12,8 @@
     } catch {
       throw new Error("whence serve does not answer. Does it still run?");
     }
-    const found = await response.json();
-    if (!response.ok) throw new Error(found.error);
+    const found = await response.json().catch(() => null);
+    if (!response.ok || !found) throw new Error((found && found.error) || "whence serve answers with " + response.status + " and no reason. Try again in a moment.");
     return found;
   };
   const tell = (text, waiting) => {
@@ -68,14 +68,13 @@
     make("li", "", bar(width), make("span", "share", share), make("span", "", name))));
 
   const spoken = (asked) => {
-    const said = asked.continuation;
-    if (!said || !has(asked, "text") || !asked.text.endsWith(said)) return words(asked, null);
-    return make("p", "text", make("span", "given", asked.text.slice(0, asked.text.length - said.length)), make("span", "continued", said));
+    if (!has(asked, "continuation")) return words(asked, null);
+    return make("p", "text", make("span", "given", asked.given), make("span", "continued", asked.continuation));
   };
   const meaning = (answer) => {
     const asked = answer.asked;
     if (has(asked, "continuation")) {
-      const given = asked.text.slice(0, Math.max(0, asked.text.length - asked.continuation.length)).trim();
+      const given = asked.given.trim();
       return "Asked: what made the model go on so after “" + (given.length > 90 ? "…" + given.slice(-89) : given) + "”. Only what it went on with is measured.";
     }
     if (has(asked, "query")) {
