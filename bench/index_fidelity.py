@@ -6,17 +6,18 @@
 Fits EKFAC, scores every query and row exactly, then makes indexes with every projection, type and size, and compares: Spearman's
 correlation per query, mean and least, before any exact scoring; recall@10, the share of the ten best rows by exact scores that
 are among the ten best by the index, among the 2.5% best, which `Index.query` scores exactly at this end by default, and among
-the 5% best. Damping is a tenth of each layer's mean eigenvalue, the measurement the recipe's. Bytes per row are those of the
-shards on disk, everything counted.
+the 5% best. Damping is a tenth of each layer's mean eigenvalue, the measurement the recipe's. Bytes per row are those of all
+tensors of the rows. Rows are made by the code that writes indexes, all plans of one size in one pass, and never touch the disk.
 Writes results/index_fidelity_NAME.json.
 """
 
 from __future__ import annotations
 
 import argparse
-import shutil
-import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,41 +26,109 @@ from support.common import environment, print_table, write_results
 from torch import Tensor
 
 from whence.attributor import Attributor
+from whence.capture.passes import Rows, loss_of, measurement_of, run_block
+from whence.capture.recorder import Recorder
+from whence.curvature.settings import resolve
+from whence.index.balance import Balance, balance
 from whence.index.fidelity import fidelity, recall
+from whence.index.make import make_dense, make_factors
+from whence.index.pilot import best_spent
+from whence.index.projection import Projection, RowSettings
 from whence.index.search import candidates
 from whence.recipes.base import load_recipe
 
-PLANS = ("factors:auto", "factors:int8", "factors:int4", "pca:int8", "pca:int4", "kronecker:int8", "sjlt:int8")
+PLANS = ("factors:auto", "factors:int8", "pca:int8", "kronecker:int8", "sjlt:int8")
+LARGE = Fraction(1, 64)
 KEEPS = ("1/1024", "1/256", "1/64", "1/16", "1/8")
 BEST, RESCORED = 10, 0.05
 RECALLS = ("recall", "recall_half", "recall_rescored")
 
 
-def measured(attributor: Attributor, train: Any, queries: Any, exact: Tensor, plan: str, keep: str) -> dict[str, Any]:
-    """Make one index, ask it, and delete it."""
-    projection, dtype = plan.split(":")
-    start = time.perf_counter()
-    index = attributor.index(train, projection=projection, dtype=dtype, keep=float(Fraction(keep)), name="fidelity", overwrite=True)
-    written = time.perf_counter() - start
-    start = time.perf_counter()
-    found = index.scores(queries)
-    asked = time.perf_counter() - start
+@dataclass
+class Making:
+    """Rows of several projections in one pass."""
+
+    projections: Sequence[Projection]
+    counts: list[int] = field(default_factory=list)
+    closed: list[list[Any]] = field(default_factory=list)
+    batches: list[Any] = field(default_factory=list)
+
+    def begin(self, batch: Any) -> None:
+        """Close the last batch and begin one."""
+        self.close()
+        self.counts.append(len(batch.ids))
+        self.batches = [one.batch(len(batch.ids)) for one in self.projections]
+
+    def take(self, first: int, layer: Any, gradient: Any) -> None:
+        """Take in a layer of the batch."""
+        for batch in self.batches:
+            batch.add(layer.name, gradient)
+
+    def close(self) -> None:
+        """Keep the batch's rows."""
+        if self.batches:
+            self.closed.append([batch.close() for batch in self.batches])
+
+    def rows(self) -> list[Any]:
+        """Return each projection's rows."""
+        self.close()
+        return [one.join(list(parts), self.counts) for one, parts in zip(self.projections, zip(*self.closed, strict=True), strict=True)]
+
+
+def hold(recorder: Recorder, asked: Rows, projections: Sequence[Projection], balances: dict[str, Balance]) -> list[Any]:
+    """Return the queries as each projection holds them."""
+    held = [one.hold(len(asked)) for one in projections]
+
+    def fill(first: int, layer: Any, gradient: Any) -> None:
+        own = balances[layer.name]
+        for part, values in gradient.gradients(own.queries, 2**28):
+            weighted = values if own.weights is None else values * own.weights
+            for one, its in zip(projections, held, strict=True):
+                one.fill(its, layer.name, first + (part.start or 0), weighted)
+
+    for block in asked.blocks():
+        objective = measurement_of(recorder.task)
+        run_block(recorder, asked, block, objective, lambda first: partial(fill, first), lambda n: None, first=block.start)
+    return held
+
+
+def made(attributor: Attributor, train: Any, queries: Any, plans: list[str], keep: str) -> Iterator[tuple[str, RowSettings, int, Tensor]]:
+    """Yield plan, settings, bytes per row and scores, of indexes that are made in one pass over the rows and live in memory."""
+    spectrum = resolve("auto", "inverse", calibration=None, training_time=None)
+    rows, asked = (attributor._rows(data, "training", None, "auto") for data in (train, queries))
+    with attributor._session(rows, train=train) as (recorder, seen):
+        weighed, energies = attributor._curved(attributor._factors("ekfac", seen), spectrum, RowSettings())
+        like = torch.zeros((), dtype=weighed.dtype)
+        balances = {layer.name: balance(weighed.basis(layer.name), weighed.weight(layer.name), like) for layer in recorder.taken}
+        shapes = {layer.name: layer.shape for layer in recorder.taken}
+        one_hot = {layer.name for layer in recorder.taken if any(site.handler.one_hot for site in layer.sites)}
+        projections: list[Projection] = []
+        for kind, dtype in (plan.split(":") for plan in plans):
+            settings = RowSettings(projection=kind, dtype=dtype, keep=float(Fraction(keep)))  # type: ignore[arg-type]
+            if kind == "factors":
+                projections.append(best_spent(recorder, rows, make_factors(settings, balances, energies, shapes)))
+            else:
+                projections.append(make_dense(settings, balances, energies, shapes, one_hot))
+        making = Making(projections)
+        for block in rows.blocks():
+            loss = loss_of(recorder.task)
+            run_block(recorder, rows, block, loss, lambda first: partial(making.take, first), lambda n: None, before=making.begin)
+        held = hold(recorder, asked, projections, balances)
+    for plan, one, stored, its in zip(plans, projections, making.rows(), held, strict=True):
+        size = sum(tensor.numel() * tensor.element_size() for tensor in stored.values())
+        yield plan, one.settings, size // len(train), one.scores(stored, its, len(train)).T
+
+
+def measured(found: Tensor, exact: Tensor) -> dict[str, float]:
+    """Compare scores of an index with exact ones."""
     near, rows = fidelity(found, exact), exact.shape[1]
-    result = {
-        "projection": projection,
-        "dtype": dtype,
-        "keep": keep,
-        "bytes_per_row": index.row_bytes,
+    return {
         "spearman": near.spearman,
         "least": near.least,
         "recall": near.recall,
         "recall_half": recall(found, exact, BEST, candidates(rows, BEST, RESCORED)),
         "recall_rescored": recall(found, exact, BEST, max(BEST, round(RESCORED * rows))),
-        "write_s": written,
-        "scores_s": asked,
     }
-    shutil.rmtree(index.folder)
-    return result
 
 
 def main() -> None:
@@ -79,12 +148,16 @@ def main() -> None:
     queries = [recipe.queries[number] for number in range(min(options.queries, len(recipe.queries)))]
     exact = attributor.scores(queries, recipe.train).values
     results = []
-    for plan in options.plans:
-        for keep in options.keeps:
-            results.append(measured(attributor, recipe.train, queries, exact, plan, keep))
-            print(results[-1], flush=True)
+    for keep in options.keeps:
+        # Large rows one after the other: all of them at once would not fit.
+        groups = [[plan] for plan in options.plans] if Fraction(keep) > LARGE else [options.plans]
+        for group in groups:
+            for plan, settings, size, found in made(attributor, recipe.train, queries, group, keep):
+                kept = {"plan": plan, "keep": keep, "dtype": settings.dtype, "coordinates": settings.coordinates, "bytes_per_row": size}
+                results.append({**kept, **measured(found, exact)})
+                print(results[-1], flush=True)
     shown = [
-        [f"{r['projection']}, {r['dtype']}", r["keep"], f"{r['bytes_per_row'] / 1024:.1f}"]
+        [f"{r['plan']} ({r['dtype']}, {r['coordinates'] or 1:g})", r["keep"], f"{r['bytes_per_row'] / 1024:.1f}"]
         + [f"{r[key]:.3f}" for key in ("spearman", "least", *RECALLS)]
         for r in results
     ]
