@@ -8,13 +8,14 @@ correlation per query, mean and least, before any exact scoring; recall@10, the 
 are among the ten best by the index, among the 2.5% best, which `Index.query` scores exactly at this end by default, and among
 the 5% best. Damping is a tenth of each layer's mean eigenvalue, the measurement the recipe's. Bytes per row are those of all
 tensors of the rows. Rows are made by the code that writes indexes, all plans of one size in one pass, and never touch the disk.
+`logix` and `trak` are the peers' projections of plain gradients (support/index_peers.py).
 Writes results/index_fidelity_NAME.json.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
@@ -23,21 +24,28 @@ from typing import Any
 
 import torch
 from support.common import environment, print_table, write_results
+from support.index_peers import PROJECTIONS, peer_scores
 from torch import Tensor
 
 from whence.attributor import Attributor
+from whence.capture.pair import IDENTITY
 from whence.capture.passes import Rows, loss_of, measurement_of, run_block
 from whence.capture.recorder import Recorder
+from whence.capture.survey import Survey
 from whence.curvature.settings import resolve
+from whence.evaluate.lds import lds
+from whence.evaluate.retrain import RetrainBank, draw_masks, retrain_bank
 from whence.index.balance import Balance, balance
+from whence.index.dense import DenseRows
 from whence.index.fidelity import fidelity, recall
 from whence.index.make import make_dense, make_factors
 from whence.index.pilot import best_spent
 from whence.index.projection import Projection, RowSettings
 from whence.index.search import candidates
 from whence.recipes.base import load_recipe
+from whence.runtime.progress import Stages
 
-PLANS = ("factors:auto", "factors:int8", "pca:int8", "kronecker:int8", "sjlt:int8")
+PLANS = ("factors:auto", "factors:int8", "pca:int8", "kronecker:int8", "sjlt:int8", "logix:int8", "trak:int8")
 LARGE = Fraction(1, 64)
 KEEPS = ("1/1024", "1/256", "1/64", "1/16", "1/8")
 BEST, RESCORED = 10, 0.05
@@ -75,16 +83,33 @@ class Making:
         return [one.join(list(parts), self.counts) for one, parts in zip(self.projections, zip(*self.closed, strict=True), strict=True)]
 
 
-def hold(recorder: Recorder, asked: Rows, projections: Sequence[Projection], balances: dict[str, Balance]) -> list[Any]:
+@dataclass(frozen=True)
+class Plan:
+    """A projection, and the coordinates that its rows and queries are in."""
+
+    name: str
+    projection: Projection
+    balances: Mapping[str, Balance]
+
+    def scores(self, stored: Any, held: Any, rows: int) -> Tensor:
+        """Return scores `[query, row]`."""
+        style, _ = self.name.split(":")
+        if style in PROJECTIONS:
+            assert isinstance(self.projection, DenseRows)
+            return peer_scores(style, self.projection, stored, held).T
+        return self.projection.scores(stored, held, rows).T
+
+
+def hold(recorder: Recorder, asked: Rows, plans: Sequence[Plan]) -> list[Any]:
     """Return the queries as each projection holds them."""
-    held = [one.hold(len(asked)) for one in projections]
+    held = [plan.projection.hold(len(asked)) for plan in plans]
 
     def fill(first: int, layer: Any, gradient: Any) -> None:
-        own = balances[layer.name]
-        for part, values in gradient.gradients(own.queries, 2**28):
-            weighted = values if own.weights is None else values * own.weights
-            for one, its in zip(projections, held, strict=True):
-                one.fill(its, layer.name, first + (part.start or 0), weighted)
+        for plan, its in zip(plans, held, strict=True):
+            own = plan.balances[layer.name]
+            for part, values in gradient.gradients(own.queries, 2**28):
+                weighted = values if own.weights is None else values * own.weights
+                plan.projection.fill(its, layer.name, first + (part.start or 0), weighted)
 
     for block in asked.blocks():
         objective = measurement_of(recorder.task)
@@ -92,43 +117,56 @@ def hold(recorder: Recorder, asked: Rows, projections: Sequence[Projection], bal
     return held
 
 
-def made(attributor: Attributor, train: Any, queries: Any, plans: list[str], keep: str) -> Iterator[tuple[str, RowSettings, int, Tensor]]:
-    """Yield plan, settings, bytes per row and scores, of indexes that are made in one pass over the rows and live in memory."""
+def planned(attributor: Attributor, recorder: Recorder, seen: Survey, rows: Rows, names: Sequence[str], keep: str) -> list[Plan]:
+    """Make the projections."""
     spectrum = resolve("auto", "inverse", calibration=None, training_time=None)
+    weighed, energies = attributor._curved(attributor._factors("ekfac", seen), spectrum, RowSettings())
+    like = torch.zeros((), dtype=weighed.dtype)
+    plain = {layer.name: balance(IDENTITY, None, like) for layer in recorder.taken}
+    balances = {layer.name: balance(weighed.basis(layer.name), weighed.weight(layer.name), like) for layer in recorder.taken}
+    shapes = {layer.name: layer.shape for layer in recorder.taken}
+    one_hot = {layer.name for layer in recorder.taken if any(site.handler.one_hot for site in layer.sites)}
+    plans = []
+    for name in names:
+        kind, dtype = name.split(":")
+        settings = RowSettings(projection=PROJECTIONS.get(kind, kind), dtype=dtype, keep=float(Fraction(keep)))  # type: ignore[arg-type]
+        if kind == "factors":
+            plans.append(Plan(name, best_spent(recorder, rows, make_factors(settings, balances, energies, shapes)), balances))
+        else:
+            own = plain if kind in PROJECTIONS else balances
+            plans.append(Plan(name, make_dense(settings, own, energies, shapes, one_hot), own))
+    return plans
+
+
+def made(attributor: Attributor, train: Any, queries: Any, names: Sequence[str], keep: str) -> Iterator[tuple[Plan, int, Tensor]]:
+    """Yield plan, bytes per row and scores, of indexes that are made in one pass over the rows and live in memory."""
     rows, asked = (attributor._rows(data, "training", None, "auto") for data in (train, queries))
     with attributor._session(rows, train=train) as (recorder, seen):
-        weighed, energies = attributor._curved(attributor._factors("ekfac", seen), spectrum, RowSettings())
-        like = torch.zeros((), dtype=weighed.dtype)
-        balances = {layer.name: balance(weighed.basis(layer.name), weighed.weight(layer.name), like) for layer in recorder.taken}
-        shapes = {layer.name: layer.shape for layer in recorder.taken}
-        one_hot = {layer.name for layer in recorder.taken if any(site.handler.one_hot for site in layer.sites)}
-        projections: list[Projection] = []
-        for kind, dtype in (plan.split(":") for plan in plans):
-            settings = RowSettings(projection=kind, dtype=dtype, keep=float(Fraction(keep)))  # type: ignore[arg-type]
-            if kind == "factors":
-                projections.append(best_spent(recorder, rows, make_factors(settings, balances, energies, shapes)))
-            else:
-                projections.append(make_dense(settings, balances, energies, shapes, one_hot))
-        making = Making(projections)
+        plans = planned(attributor, recorder, seen, rows, names, keep)
+        making = Making([plan.projection for plan in plans])
         for block in rows.blocks():
             loss = loss_of(recorder.task)
             run_block(recorder, rows, block, loss, lambda first: partial(making.take, first), lambda n: None, before=making.begin)
-        held = hold(recorder, asked, projections, balances)
-    for plan, one, stored, its in zip(plans, projections, making.rows(), held, strict=True):
+        held = hold(recorder, asked, plans)
+    for plan, stored, its in zip(plans, making.rows(), held, strict=True):
         size = sum(tensor.numel() * tensor.element_size() for tensor in stored.values())
-        yield plan, one.settings, size // len(train), one.scores(stored, its, len(train)).T
+        yield plan, size // len(train), plan.scores(stored, its, len(train))
 
 
-def measured(found: Tensor, exact: Tensor) -> dict[str, float]:
-    """Compare scores of an index with exact ones."""
+def measured(found: Tensor, exact: Tensor, bank: RetrainBank | None) -> dict[str, Any]:
+    """Compare scores of an index with exact ones, and with what retraining did."""
     near, rows = fidelity(found, exact), exact.shape[1]
-    return {
+    result: dict[str, Any] = {
         "spearman": near.spearman,
         "least": near.least,
         "recall": near.recall,
         "recall_half": recall(found, exact, BEST, candidates(rows, BEST, RESCORED)),
         "recall_rescored": recall(found, exact, BEST, max(BEST, round(RESCORED * rows))),
     }
+    if bank is not None:
+        score = lds(found, bank)
+        result |= {"lds": score.mean, "low": score.low, "high": score.high}
+    return result
 
 
 def main() -> None:
@@ -140,6 +178,9 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=100)
     parser.add_argument("--keeps", nargs="*", default=list(KEEPS))
     parser.add_argument("--plans", nargs="*", default=list(PLANS), help="projection:dtype")
+    parser.add_argument("--bank", type=Path, help="work folder of finetune_lds.py: also the linear datamodeling score, on its retrains")
+    parser.add_argument("--subsets", type=int, default=100)
+    parser.add_argument("--repeats", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(1)
     recipe = load_recipe(options.recipe, checkpoint_dir=options.checkpoint)
@@ -147,21 +188,26 @@ def main() -> None:
     attributor.fit(recipe.train)
     queries = [recipe.queries[number] for number in range(min(options.queries, len(recipe.queries)))]
     exact = attributor.scores(queries, recipe.train).values
-    results = []
+    bank = None
+    if options.bank:
+        masks = draw_masks(len(recipe.train), options.subsets)
+        bank = retrain_bank(recipe.retraining, masks, repeats=options.repeats, folder=options.bank / "retrain", n_jobs=1, stages=Stages())
+    results = [{"plan": "exact", "keep": "", "bytes_per_row": 0, **measured(exact, exact, bank)}] if bank else []
     for keep in options.keeps:
         # Large rows one after the other: all of them at once would not fit.
         groups = [[plan] for plan in options.plans] if Fraction(keep) > LARGE else [options.plans]
         for group in groups:
-            for plan, settings, size, found in made(attributor, recipe.train, queries, group, keep):
-                kept = {"plan": plan, "keep": keep, "dtype": settings.dtype, "coordinates": settings.coordinates, "bytes_per_row": size}
-                results.append({**kept, **measured(found, exact)})
+            for plan, size, found in made(attributor, recipe.train, queries, group, keep):
+                settings = plan.projection.settings
+                kept = {"plan": plan.name, "keep": keep, "dtype": settings.dtype, "coordinates": settings.coordinates}
+                results.append({**kept, "bytes_per_row": size, **measured(found, exact, bank)})
                 print(results[-1], flush=True)
     shown = [
-        [f"{r['plan']} ({r['dtype']}, {r['coordinates'] or 1:g})", r["keep"], f"{r['bytes_per_row'] / 1024:.1f}"]
-        + [f"{r[key]:.3f}" for key in ("spearman", "least", *RECALLS)]
+        [f"{r['plan']} ({r.get('dtype')}, {r.get('coordinates') or 1:g})", r["keep"], f"{r['bytes_per_row'] / 1024:.1f}"]
+        + [f"{r[key]:.3f}" for key in ("spearman", "least", *RECALLS, *(("lds",) if bank else ()))]
         for r in results
     ]
-    heads = ["rows", "keep", "KiB per row", "Spearman", "least", "recall@10", "of 2.5%", "of 5%"]
+    heads = ["rows", "keep", "KiB per row", "Spearman", "least", "recall@10", "of 2.5%", "of 5%", *(("LDS",) if bank else ())]
     print_table(f"{len(recipe.train)} rows, {len(queries)} queries", heads, shown)
     numbers = sum(attributor.coverage.tracked.values())
     settings = {"train": len(recipe.train), "queries": len(queries), "parameters": numbers, "damping": "0.1 of each layer's mean"}

@@ -9,24 +9,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from whence.attributor import Attributor
 from whence.index.dense import DenseRows
+from whence.index.projection import Kind, Tensors
 
+PROJECTIONS: dict[str, Kind] = {"logix": "kronecker", "trak": "sjlt"}
 DAMPING = 0.1
 """Of the mean eigenvalue, as ours."""
 
 
-def projected_scores(attributor: Attributor, train: object, queries: object, *, style: str, keep: float, dtype: str) -> dict[str, object]:
-    """Return `values` `[query, row]` and `bytes_per_row`; `style`: `"logix"` or `"trak"`."""
-    projection = {"logix": "kronecker", "trak": "sjlt"}[style]
-    index = attributor.index(train, strategy="identity", projection=projection, keep=keep, dtype=dtype, name="peer", overwrite=True)
-    made, held = attributor.index_queries(queries, None, index.settings)
-    assert isinstance(made, DenseRows)
-    stored = index._stored
-    rows = torch.cat([made.numbers(stored.store.view(name)) for name, _ in stored._shards()])
-    sizes = [part.size for part in made.parts.values()] if style == "logix" else [rows.shape[1]]
+def peer_scores(style: str, projection: DenseRows, stored: Tensors, held: Tensor) -> Tensor:
+    """Return scores `[row, query]` of projected plain gradients."""
+    rows = projection.numbers(stored)
+    sizes = [part.size for part in projection.parts.values()] if style == "logix" else [rows.shape[1]]
     parts = zip(rows.split(sizes, dim=1), held.split(sizes, dim=1), strict=True)
-    return {"values": torch.stack([_inverted(z.double(), q.double()) for z, q in parts]).sum(0), "bytes_per_row": index.row_bytes}
+    return torch.stack([_inverted(z.double(), q.double()) for z, q in parts]).sum(0).T.float()
 
 
 def _inverted(rows: Tensor, queries: Tensor) -> Tensor:
