@@ -14,7 +14,7 @@ from case_run import HOSTILE, Elements
 from compare import assert_close
 from whence.errors import ConfigError
 from whence.evaluate.clusters import cluster_rows
-from whence.scores.groups import agreement, group_scores
+from whence.scores.groups import Agreement, Together, group_scores
 
 VALUES = torch.tensor([[1.0, 2.0, -3.0, 4.0, 0.5], [0.0, 1.0, 5.0, -1.0, 2.0]], dtype=torch.float64)
 SOURCES = ["web", "book", "web", "book", "web"]
@@ -95,16 +95,24 @@ def test_groups_are_written_and_shown(tmp_path: Path) -> None:
     assert [(row["group"], row["sum"], row["rows"]) for row in rows[:3]] == [("book", 6.0, 2), ("web", -1.5, 3), ("web", 7.0, 3)]
 
 
+def agreed(values: torch.Tensor, ids: torch.Tensor, k: int) -> Agreement:
+    found = Together(ids, k)
+    for part in values.split(3):
+        found.add(part)
+    assert_close(found.mean, values.double().mean(0, keepdim=True), "mean")
+    return found.agreement()
+
+
 def test_queries_agree_as_far_as_their_scores_correlate() -> None:
     values = torch.cat([VALUES, VALUES[:1] * 3 + 1, torch.zeros(1, 5)])
     ids = torch.tensor([10, 11, 12, 13, 14])
-    found = agreement(values, ids, 2)
+    found = agreed(values, ids, 2)
     pairs = torch.corrcoef(values[:3])[torch.triu_indices(3, 3, 1).unbind()]
     assert found.correlation == pytest.approx(float(pairs.mean()), abs=1e-12)
     assert found.queries == 4
     assert dict(found.common) == {13: 0.5, 11: 0.75}
     assert [row for row, _ in found.common] == [11, 13]
-    alone = agreement(values[:1], ids, 2)
+    alone = agreed(values[:1], ids, 2)
     assert alone.correlation is None
     assert alone.common == [(11, 1.0), (13, 1.0)]
 

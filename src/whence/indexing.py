@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -29,6 +30,7 @@ from whence.index.nearest import write_nearest
 from whence.index.pilot import best_spent
 from whence.index.projection import Held, Projection, RowSettings
 from whence.index.stored import StoredIndex
+from whence.index.turns import in_turns
 from whence.index.writer import IndexWriter
 from whence.scores.blocks import block_names
 from whence.scores.matrix import TOTAL
@@ -82,25 +84,44 @@ class IndexBench(TokenBench):
         IndexWriter(
             recorder=ready.recorder, preconditioner=ready.preconditioner, projection=ready.projection, store=store, stages=self.stages
         ).write(rows, part)
-        if part == 0:
-            self._measure(ready, StoredIndex.of(store), rows)
         if finish(store, self._layers):
             self._leave_out_unreached(store)
         self._record("index", ready.settings)
+        if part == 0:  # last: the index is whole, whatever comes of this
+            self._measure(ready, StoredIndex.of(store), rows)
+            finish(store, self._layers)
 
     def _measure(self, ready: _Ready, stored: StoredIndex, rows: Rows) -> None:
-        """Keep in an index how near its scores come to exact ones, on rows drawn from those that were indexed."""
+        """Keep in an index how near its scores come to exact ones, on rows drawn from those that were indexed.
+
+        Where they cannot be asked about as queries are, a line on standard error says why, and nothing is kept.
+        """
         drawn = drawn_for_fidelity(len(rows), self.seed)
         if stored.fidelity is not None or drawn is None or len(stored.deleted):
             return
-        asked, places = (replace(rows, indices=places) for places in drawn)
-        held = self._hold(ready, asked)
-        found = torch.cat([scores for _, scores in stored.blocks(ready.projection, held)])[places.indices].T
+        asked, places = drawn
+        against = partial(self._found_and_exact, ready, stored, rows, places)
+        try:
+            found, exact = map(torch.cat, zip(*in_turns(asked, ready.settings["layers"], 1, against), strict=True))
+        except Exception as error:  # noqa: BLE001  (of a row that is no query a task's measurement may raise anything)
+            told = " ".join(f"{type(error).__name__}: {error}".split())
+            sys.stderr.write(f"The index is whole; how near it comes to exact scores is not known, as its rows cannot be queries: {told}\n")
+            return
+        stored.keep_fidelity(fidelity(found, exact))
+
+    def _found_and_exact(
+        self, ready: _Ready, stored: StoredIndex, rows: Rows, places: list[int], asked: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Return scores `[query, row]` by the index and exact ones, both of rows that were indexed."""
+        queries, against = (replace(rows, indices=own) for own in (asked, places))
+        held = self._hold(ready, queries)
+        found = torch.cat([scores for _, scores in stored.blocks(ready.projection, held)])[places].T
+        del held
         with temporary_store("scores", {}) as store:
             pairwise = Pairwise(
                 recorder=ready.recorder, preconditioner=ready.preconditioner, request=Request(), store=store, stages=self.stages
             )
-            stored.keep_fidelity(fidelity(found, _exact(pairwise, asked, places)))
+            return found, _exact(pairwise, queries, against)
 
     def _hold(self, ready: _Ready, rows: Rows) -> Held:
         """Return queries in the form in which an index's rows meet them."""

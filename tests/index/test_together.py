@@ -13,7 +13,7 @@ from case_run import HOSTILE, Elements
 from cases import case_named
 from compare import assert_close
 from whence.evaluate.clean import decide
-from whence.index import index as module
+from whence.index import turns
 
 MLP = case_named("mlp")
 ROWS, QUERIES = MLP.data()
@@ -50,7 +50,7 @@ def test_one_query_together_is_that_query() -> None:
 def test_queries_that_do_not_fit_into_memory_together_are_taken_in_turns(several: int, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = made().scores(QUERIES, query_rows=[3, 0, 1])
     numbers = sum(layer.parameters for layer in attributor()._layers)
-    monkeypatch.setattr(module, "QUERY_BYTES", several * 4 * numbers)
+    monkeypatch.setattr(turns, "QUERY_BYTES", several * 4 * numbers)
     assert_close(made().scores(QUERIES, query_rows=[3, 0, 1]), whole, "in turns", rtol=1e-5, atol_of_largest=1e-6)
 
 

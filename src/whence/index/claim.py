@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from whence.capture.tracking import TrackedLayer
 from whence.errors import ConfigError, MismatchError
@@ -35,6 +36,20 @@ def checked_ids(ids: Any, rows: int | None = None) -> list[int]:
     twice = [one for one, count in Counter(found).items() if count > 1]
     if rows is not None and twice:
         raise ConfigError(f"ids repeat, id {twice[0]} for one: give every row of an index an id of its own.")
+    return found
+
+
+def known_ids(ids: Any, present: Tensor) -> list[int]:
+    """Return example ids as whole numbers; `present`: those of an index.
+
+    Raises:
+        ConfigError: one is not in the index, or is no whole number.
+    """
+    found = checked_ids(ids)
+    asked = torch.tensor(found, dtype=torch.int64)
+    unknown = asked[~torch.isin(asked, present)]
+    if len(unknown):
+        raise ConfigError(f"id {int(unknown[0])} is not in the index; it has {len(present)} rows.")
     return found
 
 

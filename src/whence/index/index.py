@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -16,21 +15,19 @@ from torch import Tensor
 from whence.errors import ConfigError
 from whence.index.answer import Answer
 from whence.index.bench import Bench
-from whence.index.claim import checked_ids
+from whence.index.claim import known_ids
 from whence.index.dense import DenseRows
 from whence.index.fidelity import Fidelity
 from whence.index.joined import open_stored
 from whence.index.nearest import Nearest, blocks_at, check_projection, open_nearest, require_faiss, verify_nearest
 from whence.index.projection import Held, Projection
 from whence.index.rows_at_hand import RowsAtHand
-from whence.index.search import both_ends, candidates
+from whence.index.search import both_ends, candidates, check_question, joined
 from whence.index.stored import StoredIndex
+from whence.index.turns import Result, in_turns
 from whence.runtime.batches import check_dataset
-from whence.scores.groups import GroupScores, agreement, group_scores
+from whence.scores.groups import GroupScores, Together, group_scores
 from whence.scores.tokens import TokenScores
-
-QUERY_BYTES = 2**30
-"""Gradients of queries that are held at a time where all rows are scored."""
 
 
 class Index:
@@ -104,18 +101,26 @@ class Index:
     def scores(self, queries: Any, *, query_rows: Sequence[int] | None = None) -> Tensor:
         """Return the index's own scores of all rows, float32 `[query, row]` in the order of `ids`.
 
-        More queries than fit into a gigabyte as whole gradients are taken in turns, each a pass over the index.
+        Here and in `query`, more queries than fit into a gigabyte as whole gradients are taken in turns, each a pass over the index.
 
         Raises:
             MismatchError: the index is of another model. DataError: a query cannot be used.
         """
+        return torch.cat(self._in_turns(queries, query_rows, self._scores))
+
+    def _in_turns(self, queries: Any, query_rows: Sequence[int] | None, read: Callable[[Projection, Held], Result]) -> list[Result]:
+        """Return what `read` makes of the queries of each turn, in the form in which rows meet them."""
         asked = range(check_dataset(queries, "query")) if query_rows is None else query_rows
-        several = max(1, QUERY_BYTES // (4 * len(self.folders) * sum(map(math.prod, self.settings["layers"].values()))))
-        parts = []
-        for start in range(0, max(1, len(asked)), several):
-            projection, held = self._bench.index_queries(queries, asked[start : start + several], self.settings)
-            parts.append(torch.cat([scores for _, scores in self._stored.blocks(projection, held)]).T)
-        return torch.cat(parts)
+        settings, checkpoints = self.settings, len(self.folders)
+        return in_turns(asked, settings["layers"], checkpoints, lambda turn: read(*self._bench.index_queries(queries, turn, settings)))
+
+    def _scores(self, projection: Projection, held: Held) -> Tensor:
+        return torch.cat([scores for _, scores in self._stored.blocks(projection, held)]).T
+
+    def _together(self, queries: Any, query_rows: Sequence[int] | None, k: int) -> Together:
+        found = Together(self.ids, k)
+        self._in_turns(queries, query_rows, lambda projection, held: found.add(self._scores(projection, held)))
+        return found
 
     def by_group(self, queries: Any, groups: Any, *, query_rows: Sequence[int] | None = None, together: bool = False) -> GroupScores:
         """Return the influence of groups of rows on each query, by the index's own scores.
@@ -127,8 +132,9 @@ class Index:
         Raises:
             ConfigError: the sizes do not fit. MismatchError, DataError: as of `scores`.
         """
-        values = self.scores(queries, query_rows=query_rows)
-        return group_scores(values.mean(0, keepdim=True) if together else values, groups, query_rows=None if together else query_rows)
+        if together:
+            return group_scores(self._together(queries, query_rows, 1).mean, groups)
+        return group_scores(self.scores(queries, query_rows=query_rows), groups, query_rows=query_rows)
 
     def query(
         self,
@@ -157,22 +163,19 @@ class Index:
             ConfigError: an option cannot be used, or all rows are deleted. MismatchError: as of `scores`, or `train` is not what was
                 indexed. DataError: as of `scores`.
         """
-        if k < 1 or not 0 <= rescore <= 1:
-            raise ConfigError(f"k={k}, rescore={rescore}: give k of 1 or more, and a share from 0 to 1.")
-        if nprobe is not None and nprobe < 0:
-            raise ConfigError(f"nprobe={nprobe} is no number of lists; give 1 or more, or 0 to read all rows.")
+        check_question(k, rescore, nprobe)
         if rescore and not self._rows:
             raise ConfigError("rescore needs the training rows: open the index with train=..., or say rescore=0.")
         if not len(self):
             raise ConfigError(f"all rows of {self.folder} are deleted, so there is nothing to ask; append rows, or index again.")
         agreed, several = None, candidates(len(self), k, rescore)
         if together:
-            values = self.scores(queries, query_rows=query_rows)
-            agreed = agreement(values, self.ids, k)
-            top, bottom = both_ends([(self.ids, values.mean(0, keepdim=True).T)], several)
+            explained = self._together(queries, query_rows, k)
+            agreed = explained.agreement()
+            top, bottom = both_ends([(self.ids, explained.mean.float().T)], several)
         else:
-            projection, held = self._bench.index_queries(queries, query_rows, self.settings)
-            top, bottom = both_ends(self._blocks(projection, held, several, nprobe), several)
+            ends = self._in_turns(queries, query_rows, lambda *asked: both_ends(self._blocks(asked, several, nprobe), several))
+            top, bottom = map(joined, zip(*ends, strict=True))
         if rescore:
             ids = self.ids if rescore == 1 else torch.cat([top.ids, bottom.ids], dim=1).unique()
             rows = self._rows.at(ids.tolist(), "or say rescore=0")
@@ -180,8 +183,9 @@ class Index:
             top, bottom = both_ends([(ids, exact.T)], min(k, len(ids)))
         return Answer(proponents=top, opponents=bottom, exact=rescore > 0, agreement=agreed, text=self._text)
 
-    def _blocks(self, projection: Projection, held: Held, several: int, nprobe: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+    def _blocks(self, asked: tuple[Projection, Held], several: int, nprobe: int | None) -> Iterator[tuple[Tensor, Tensor]]:
         """Return ids and scores of all rows, or of those that the approximate index names."""
+        projection, held = asked
         nearest = self._nearest if nprobe != 0 else None
         if nearest is None:
             return self._stored.blocks(projection, held)
@@ -232,10 +236,9 @@ class Index:
             ConfigError: no id, one that is not in the index, no `train`, or a model without tokens.
             MismatchError, DataError: as of `query`.
         """
-        wanted = checked_ids(ids)
-        unknown = [example for example in wanted if example not in set(self.ids.tolist())]
-        if not wanted or unknown:
-            raise ConfigError(f"ids={list(ids)}: {f'{unknown[0]} is not in the index' if unknown else 'there is none'}. Give ids of rows.")
+        wanted = known_ids(ids, self.ids)
+        if not wanted:
+            raise ConfigError(f"ids={ids}: there is none. Give ids of rows.")
         if not self._rows:
             raise ConfigError("explain needs the training rows: open the index with train=...")
         return self._bench.index_tokens(queries, query_rows, self._rows.at(wanted), self.settings)
@@ -281,12 +284,8 @@ class Index:
         Raises:
             ConfigError: an id is not in the index, or no whole number.
         """
-        gone = torch.tensor(checked_ids(ids), dtype=torch.int64).unique()
         self._open()  # another process may have written since this object was made
-        unknown = gone[~torch.isin(gone, self.ids)]
-        if len(unknown):
-            raise ConfigError(f"id {int(unknown[0])} is not in the index; it has {len(self)} rows.")
-        self._stored.delete(gone)
+        self._stored.delete(torch.tensor(known_ids(ids, self.ids), dtype=torch.int64).unique())
         self._open()
 
     def verify(self) -> None:

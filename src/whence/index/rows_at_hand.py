@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 from torch.utils.data import Subset
@@ -38,45 +39,49 @@ class RowsAtHand:
         Raises:
             MismatchError: one is not at hand.
         """
-        unknown = [example for example in ids if example not in self._places]
-        if unknown:
-            raise MismatchError(
-                f"the training rows at hand are not those that were indexed (no example {unknown[0]} among them). "
-                f"Give the rows that were indexed, followed by those that were appended{otherwise and f', {otherwise}'}."
-            )
+        self._check(ids, otherwise)
         return [self.row(example) for example in ids]
 
     def places(self, ids: Sequence[int]) -> list[int]:
         """Return where the rows with these ids are among all rows, data set behind data set; errors as of `at`."""
-        self.at(ids)
-        firsts = {id(rows): sum(map(len, self.given[:number])) for number, rows in enumerate(self.given)}
-        return [firsts[id(rows)] + place for rows, place in (self._places[example] for example in ids)]
+        self._check(ids)
+        firsts = [0, *accumulate(map(len, self.given))]
+        return [firsts[number] + place for number, place in map(self._places.__getitem__, ids)]
 
     def row(self, example: int) -> Any:
         """Return the row with an example id; None if it is not at hand."""
-        rows, place = self._places.get(example, ([None], 0))
-        return rows[place]
+        found = self._places.get(example)
+        return None if found is None else self.given[found[0]][found[1]]
 
     def place(self, example: int) -> int | None:
         """Return where the row with an example id stands in the first data set; None if it is not there."""
-        rows, place = self._places.get(example, (None, 0))
-        return place if self.given and rows is self.given[0] else None
+        number, place = self._places.get(example, (None, 0))
+        return place if number == 0 else None
+
+    def _check(self, ids: Sequence[int], otherwise: str = "") -> None:
+        """Check that rows are at hand, without reading them."""
+        unknown = next((example for example in ids if example not in self._places), None)
+        if unknown is not None:
+            raise MismatchError(
+                f"the training rows at hand are not those that were indexed (no example {unknown} among them). "
+                f"Give the rows that were indexed, followed by those that were appended{otherwise and f', {otherwise}'}."
+            )
 
     @cached_property
-    def _places(self) -> Mapping[int, tuple[Any, int]]:
-        """Where the row with an example id is: a data set at hand and the place in it.
+    def _places(self) -> Mapping[int, tuple[int, int]]:
+        """Where the row with an example id is: the number of a data set at hand, since one may be given twice, and the place in it.
 
         A part's rows are taken only from where their fingerprint is found: content that was exchanged meanwhile would be
         scored under the ids of other rows. All data are read once for that.
         """
-        found: dict[int, tuple[Any, int]] = {}
-        for rows in self.given:
+        found: dict[int, tuple[int, int]] = {}
+        for number, rows in enumerate(self.given):
             first = 0
             for part in self.parts:
                 places = range(first, first + len(part.ids))
                 if int(part.ids[0]) in found:  # the same content may have been appended under other ids
                     continue
                 if places.stop <= len(rows) and fingerprint_rows(Subset(rows, places)) == part.fingerprint:
-                    found |= {example: (rows, place) for example, place in zip(part.ids.tolist(), places, strict=True)}
+                    found |= {example: (number, place) for example, place in zip(part.ids.tolist(), places, strict=True)}
                     first = places.stop
         return found

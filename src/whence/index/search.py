@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from whence.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +24,18 @@ def candidates(rows: int, k: int, rescore: float) -> int:
     return min(rows, max(k, round(rescore * rows / 2)))
 
 
+def check_question(k: int, rescore: float, nprobe: int | None) -> None:
+    """Check the options of a question.
+
+    Raises:
+        ConfigError: one cannot be used.
+    """
+    if k < 1 or not 0 <= rescore <= 1:
+        raise ConfigError(f"k={k}, rescore={rescore}: give k of 1 or more, and a share from 0 to 1.")
+    if nprobe is not None and nprobe < 0:
+        raise ConfigError(f"nprobe={nprobe} is no number of lists; give 1 or more, or 0 to read all rows.")
+
+
 def both_ends(blocks: Iterable[tuple[Tensor, Tensor]], k: int) -> tuple[Best, Best]:
     """Return the highest and the lowest `k` of scores `[row, query]` that come in blocks with their ids `[row]`.
 
@@ -35,6 +49,11 @@ def both_ends(blocks: Iterable[tuple[Tensor, Tensor]], k: int) -> tuple[Best, Be
     assert top is not None, "an index has rows"
     assert bottom is not None
     return top, bottom
+
+
+def joined(parts: Sequence[Best]) -> Best:
+    """Return the best rows of some queries, then of others, as those of all."""
+    return Best(values=torch.cat([part.values for part in parts]), ids=torch.cat([part.ids for part in parts]))
 
 
 def _best(kept: Best | None, found: Best, k: int, *, descending: bool) -> Best:

@@ -113,7 +113,8 @@ def group_scores(values: Tensor, groups: Any, *, query_rows: Sequence[int] | Non
 
     Args:
         values: scores `[query, row]`, of two rows or more.
-        groups: what group each row is in: a vector of numbers, or a list of anything that can be a key of a dict.
+        groups: what group each row is in: a vector of numbers, or a list of anything that can be a key of a dict. What reads the same,
+            such as 1 and "1", or all that is NaN, is one group.
         query_rows: the queries' indices in their data set.
 
     Raises:
@@ -125,27 +126,35 @@ def group_scores(values: Tensor, groups: Any, *, query_rows: Sequence[int] | Non
         raise ConfigError(f"groups has {len(given)} entries for {rows} training rows; give one for each.")
     if rows < 2:
         raise ConfigError(f"groups of {rows} training rows cannot be told from chance; give 2 rows or more.")
-    numbers: dict[Any, int] = {}
+    numbers: dict[str, int] = {}
     try:
-        places = torch.tensor([numbers.setdefault(one, len(numbers)) for one in given])
+        places = torch.tensor([numbers.setdefault(_name(one), len(numbers)) for one in given])
     except TypeError as error:
         raise ConfigError(f"groups: {error}; give names or numbers, one for each row.") from None
-    wide = values.detach().cpu().double()
     counts = places.bincount(minlength=len(numbers))
-    sums = wide.new_zeros(len(wide), len(numbers)).index_add_(1, places, wide)
+    sums = torch.zeros(len(values), len(numbers), dtype=torch.float64)
+    means, deviations = sums.new_zeros(len(values), 1), sums.new_zeros(len(values), 1)
+    for query, own in enumerate(values.detach()):  # one at a time: all in float64 would be twice as much as the scores
+        wide = own.cpu().double()
+        sums[query].index_add_(0, places, wide)
+        means[query], deviation = wide.mean(), wide.std()
+        # Equal scores differ by rounding alone, which is no noise to compare with.
+        deviations[query] = deviation if deviation > 1e-12 * wide.abs().max() else 0.0
     # Of n rows drawn from N without replacement the sum has the variance n (1 - n / N) S^2, S^2 with N - 1 in its divisor.
     spread = (counts.double() * (1 - counts.double() / rows)).clamp(min=0).sqrt()
-    deviation = wide.std(1, keepdim=True)
-    # Equal scores differ by rounding alone, which is no noise to compare with.
-    deviation = torch.where(deviation > 1e-12 * wide.abs().amax(1, keepdim=True), deviation, 0.0)
     return GroupScores(
-        names=tuple(map(str, numbers)),
+        names=tuple(numbers),
         counts=counts,
         sums=sums,
-        expected=wide.mean(1, keepdim=True) * counts,
-        noise=deviation * spread,
+        expected=means * counts,
+        noise=deviations * spread,
         query_rows=query_rows,
     )
+
+
+def _name(one: Any) -> str:
+    hash(one)  # a list, which is no name, is refused
+    return str(one)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,24 +172,58 @@ class Agreement:
     common: list[tuple[int, float]]
 
 
-def agreement(values: Tensor, ids: Tensor, k: int) -> Agreement:
-    """Return how much the queries of scores `[query, row]` agree; `ids` `[row]` name the rows.
+class Together:
+    """Queries that are explained as one. Their scores come in a few queries at a time, and are not kept.
 
-    Rows that are among one query's strongest only are left out of `common`, unless there is only one query.
+    Args:
+        ids: example ids of the rows, `[row]`.
+        k: how many proponents of each query count, and at most how many are common.
     """
-    queries, rows = values.shape
-    wide = values.double() - values.double().mean(1, keepdim=True)
-    lengths = wide.norm(dim=1)
-    known = lengths > 0
-    count = int(known.sum())
-    correlation = None
-    if count > 1:
-        # The sum over all pairs is the square of the sum, less each with itself.
-        total = (wide[known] / lengths[known].unsqueeze(1)).sum(0).square().sum()
-        correlation = max(-1.0, min(1.0, float(total - count) / (count * (count - 1))))
-    best = values.sort(dim=1, descending=True, stable=True)[1][:, : min(k, rows)]
-    seen = best.flatten().bincount(minlength=rows)
-    order = seen.argsort(descending=True, stable=True)[:k]
-    least = min(2, queries)
-    common = [(int(ids[place]), int(seen[place]) / queries) for place in order.tolist() if int(seen[place]) >= least]
-    return Agreement(queries=queries, correlation=correlation, common=common)
+
+    def __init__(self, ids: Tensor, k: int) -> None:
+        self.ids, self.k = ids, k
+        self.queries = self._varied = 0
+        self._sum, self._directions = (torch.zeros(len(ids), dtype=torch.float64) for _ in range(2))
+        self._seen = torch.zeros(len(ids), dtype=torch.int64)
+
+    def add(self, values: Tensor) -> None:
+        """Take in scores `[query, row]`."""
+        for own in values:
+            wide = own.double()
+            self._sum += wide
+            away = wide - wide.mean()
+            length = float(away.norm())
+            if length > 0:
+                self._directions += away / length
+                self._varied += 1
+            self._seen[_strongest(own, self.k)] += 1
+            self.queries += 1
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of the scores, float64 `[1, row]`."""
+        return (self._sum / self.queries).unsqueeze(0)
+
+    def agreement(self) -> Agreement:
+        """Return how much the queries agree.
+
+        Rows that are among one query's strongest only are left out of `common`, unless there is only one query.
+        """
+        count, correlation = self._varied, None
+        if count > 1:
+            # The sum over all pairs is the square of the sum, less each with itself.
+            total = float(self._directions.square().sum())
+            correlation = max(-1.0, min(1.0, (total - count) / (count * (count - 1))))
+        order = self._seen.argsort(descending=True, stable=True)[: self.k].tolist()
+        shares = [(int(self.ids[place]), int(self._seen[place])) for place in order]
+        common = [(example, seen / self.queries) for example, seen in shares if seen >= min(2, self.queries) and seen]
+        return Agreement(queries=self.queries, correlation=correlation, common=common)
+
+
+def _strongest(values: Tensor, k: int) -> Tensor:
+    """Return the places of the `k` largest numbers; of equal ones the first."""
+    if k >= len(values):
+        return torch.arange(len(values))
+    # Not the whole is sorted: only what is as large as the last of them.
+    among = (values >= values.topk(k).values[-1]).nonzero().squeeze(1)
+    return among[values[among].argsort(descending=True, stable=True)[:k]]
