@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet
 import pytest
 import torch
+from sklearn.cluster import KMeans
 
 import whence
 from case_run import HOSTILE, Elements
 from compare import assert_close
 from whence.errors import ConfigError
+from whence.evaluate import clusters
 from whence.evaluate.clusters import cluster_rows
 from whence.scores.groups import Agreement, Together, group_scores
 
@@ -74,6 +77,15 @@ def test_groups_that_cannot_be_used(groups: list, message: str) -> None:
         group_scores(VALUES, groups)
 
 
+def test_groups_that_read_the_same_are_one() -> None:
+    nan = float("nan")
+    assert group_scores(VALUES, [1.0, nan, float("nan"), 1.0, nan]).names == ("1.0", "nan")
+    assert group_scores(VALUES, torch.tensor([1.0, nan, nan, 1.0, 2.0])).names == ("1.0", "nan", "2.0")
+    found = group_scores(VALUES, [1, "1", 2, "1", None])
+    assert found.names == ("1", "2", "None")
+    assert found.sums[0].tolist() == [7.0, -3.0, 0.5]
+
+
 def test_what_has_no_rows_has_no_groups() -> None:
     with pytest.raises(ConfigError, match="2 rows or more"):
         group_scores(VALUES[:, :1], ["a"])
@@ -117,11 +129,36 @@ def test_queries_agree_as_far_as_their_scores_correlate() -> None:
     assert alone.common == [(11, 1.0), (13, 1.0)]
 
 
+def test_of_rows_that_score_the_same_the_first_are_strongest() -> None:
+    ids = torch.arange(5)
+    assert agreed(torch.tensor([[1.0, 2.0, 2.0, 2.0, 0.0]]), ids, 2).common == [(1, 1.0), (2, 1.0)]
+    assert agreed(torch.tensor([[1.0, 2.0, 2.0, 3.0, 0.0]]), ids, 2).common == [(1, 1.0), (3, 1.0)]
+
+
 def test_clusters_are_those_that_are_there() -> None:
     generator = torch.Generator().manual_seed(0)
     centres = torch.eye(3).repeat_interleave(torch.tensor([5, 9, 7]), dim=0)
     found = cluster_rows(centres + 0.01 * torch.randn(21, 3, generator=generator), 3)
     assert found.numbers.tolist() == [2] * 5 + [0] * 9 + [1] * 7
     assert [int(found.numbers[row]) for row in found.central] == [0, 1, 2]
-    with pytest.raises(ConfigError, match="4 clusters of 3 different"):
+    with pytest.raises(ConfigError, match="4 clusters of 3 different embeddings cannot be made; give 3 at most"):
         cluster_rows(centres, 4)
+    with pytest.raises(ConfigError, match="give 2 to 21"):
+        cluster_rows(centres, 22)
+
+
+def test_the_row_nearest_to_a_centre_is_the_first_of_equally_near_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    points = torch.tensor([[0.0, 1.0], [5.0, 5.0], [0.0, -1.0], [0.0, 0.5], [5.0, 5.0], [0.0, -0.5]])
+    right = cluster_rows(points, 2)
+    assert right.central == (3, 1)
+    monkeypatch.setattr(clusters, "_ROWS", 2)
+    assert cluster_rows(points, 2).central == right.central
+
+
+def test_clusters_make_no_second_copy_in_double_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[Any] = []
+    real = KMeans.fit
+    monkeypatch.setattr(KMeans, "fit", lambda own, points: taken.append(points) or real(own, points))
+    points = torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
+    cluster_rows(points, 2)
+    assert taken[0].ctypes.data == points.data_ptr()

@@ -12,8 +12,10 @@ import whence
 from case_run import HOSTILE, Elements
 from cases import case_named
 from compare import assert_close
+from whence import indexing
 from whence.evaluate.clean import decide
 from whence.index import turns
+from whence.scores.groups import Together
 
 MLP = case_named("mlp")
 ROWS, QUERIES = MLP.data()
@@ -71,6 +73,66 @@ def test_appended_rows_stand_behind_the_first() -> None:
     index = attributor().index(ROWS[:8], keep=0.5, name="appended")
     index.append(ROWS[8:], ids=range(100, 100 + len(ROWS) - 8))
     assert index.places() == list(range(len(ROWS)))
+
+
+def test_the_same_object_may_be_appended_again() -> None:
+    index = attributor().index(ROWS, keep=0.5, name="twice")
+    index.append(ROWS, ids=range(100, 100 + len(ROWS)))
+    assert index.places() == list(range(2 * len(ROWS)))
+    assert (index.place(3), index.place(103)) == (3, None)
+    assert index.row(103) is ROWS[3]
+
+
+def test_places_are_known_without_reading_the_rows() -> None:
+    class Counted(list):  # type: ignore[type-arg]
+        read = 0
+
+        def __getitem__(self, place: Any) -> Any:
+            Counted.read += 1
+            return super().__getitem__(place)
+
+    index = whence.Index(attributor(), made().folder, train=Counted(ROWS))
+    first = index.places()
+    Counted.read = 0
+    assert index.places() == first
+    assert Counted.read == 0
+
+
+def test_no_call_holds_more_queries_than_scores_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, held = indexing._held, list[int]()
+    monkeypatch.setattr(indexing, "_held", lambda ready, rows: held.append(len(rows)) or real(ready, rows))
+    monkeypatch.setattr(turns, "QUERY_BYTES", 1)
+    index = made(name="one-at-a-time")
+    index.query(QUERIES, rescore=0)
+    index.query(QUERIES, rescore=0, together=True)
+    index.by_group(QUERIES, range(len(ROWS)), together=True)
+    assert set(held) == {1}
+    monkeypatch.undo()
+    whole = made(name="all-at-once")
+    assert index.fidelity == whole.fidelity
+    for query in range(len(QUERIES)):
+        wanted = whole.query(QUERIES, rescore=0).top(query)
+        assert index.query(QUERIES, rescore=0).top(query) == [(row, pytest.approx(score, rel=1e-4)) for row, score in wanted]
+
+
+def test_answers_in_turns_are_those_of_all_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    index = made()
+    whole, explained = index.query(QUERIES, k=3, rescore=0), index.query(QUERIES, k=3, rescore=0, together=True)
+    monkeypatch.setattr(turns, "QUERY_BYTES", 2 * 4 * sum(layer.parameters for layer in attributor()._layers))
+    again = index.query(QUERIES, k=3, rescore=0)
+    for side in ("proponents", "opponents"):
+        assert torch.equal(getattr(again, side).ids, getattr(whole, side).ids)
+        assert_close(getattr(again, side).values, getattr(whole, side).values, side, rtol=1e-5)
+    assert index.query(QUERIES, k=3, rescore=0, together=True).top() == [(row, pytest.approx(score, rel=1e-4)) for row, score in explained.top()]
+
+
+def test_together_keeps_no_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    index, seen = made(), list[int]()
+    real = Together.add
+    monkeypatch.setattr(Together, "add", lambda own, values: seen.append(len(values)) or real(own, values))
+    monkeypatch.setattr(turns, "QUERY_BYTES", 1)
+    index.query(QUERIES, rescore=0, together=True)
+    assert seen == [1] * len(QUERIES)
 
 
 def test_answers_show_themselves_in_notebooks() -> None:

@@ -29,16 +29,19 @@ class Groups:
     texts: dict[str, str] = field(default_factory=dict)
 
 
-def check_by(by: str | None, *, tokens: bool) -> None:
+def check_by(by: str | None, *, tokens: bool, rescore: float | None, nprobe: int | None) -> None:
     """Check what can be checked of `--by` without a model.
 
     Raises:
-        ConfigError: the number of clusters is none, or tokens are asked for too.
+        ConfigError: the number of clusters is none, or what only lists of rows have is asked for too.
     """
     if by is None:
         return
     if tokens:
         raise ConfigError("--tokens marks tokens of rows, and --by lists groups of them; leave one out.")
+    for option, given in (("--rescore", rescore), ("--nprobe", nprobe)):
+        if given:  # 0 of both is what is done
+            raise ConfigError(f"{option} {given}: --by adds up the index's own scores of all rows; leave one out.")
     number = by.removeprefix(_CLUSTER)
     if by.startswith(_CLUSTER) and not (number.isdecimal() and int(number) >= 2):
         raise ConfigError(f"--by {by}: give the number of clusters, 2 or more, for example cluster:20.")
@@ -48,18 +51,18 @@ def groups_by(found: Recipe, attributor: Attributor, by: str, seed: int) -> Grou
     """Return what group each training row of a recipe is in.
 
     Raises:
-        ConfigError: the recipe has no such column.
+        ConfigError: the recipe has no such column, or fewer different rows than clusters.
     """
     if by.startswith(_CLUSTER):
         return _clusters(found, attributor, int(by.removeprefix(_CLUSTER)), seed)
     columns = list(found.raw[0]) if found.raw else []
-    if by in columns and found.raw is not None:
-        return Groups(names=[str(row.get(by)) for row in found.raw])
-    if by == "label" and found.classes is not None:
+    if by == "label" and found.classes is not None:  # ahead of a column of that name, which has numbers for names
         from whence.recipes.base import class_names
 
         names = class_names(found)
         return Groups(names=[names.get(number, str(number)) for number in found.classes.tolist()])
+    if by in columns and found.raw is not None:
+        return Groups(names=[str(row.get(by)) for row in found.raw])
     known = ", ".join(dict.fromkeys([*(["label"] if found.classes is not None else []), *columns, "cluster:20"]))
     raise ConfigError(f"--by {by}: the training rows of recipe {found.name} have no such column; choose {known}.")
 
@@ -68,6 +71,8 @@ def _clusters(found: Recipe, attributor: Attributor, count: int, seed: int) -> G
     from whence.evaluate.clusters import cluster_rows
     from whence.evaluate.embeddings import embeddings
 
+    if count > len(found.train):
+        raise ConfigError(f"--by {_CLUSTER}{count}: there are {len(found.train)} training rows; give no more clusters than that.")
     with attributor.stages.stage("Embeddings"):
         vectors = embeddings(found.model, found.train, collate=found.collate, device=attributor.device, task=found.task)
     with attributor.stages.stage("Clusters"):

@@ -12,11 +12,14 @@ from whence.cli.options import AskOptions, DataOptions, ListOptions, RunOptions
 from whence.cli.questions import Question, as_one, check_one_kind, questions, read_lines
 from whence.cli.tokens import mark_tokens
 from whence.cli.values import Share, Switch, Whole
+from whence.errors import ConfigError
 
 if TYPE_CHECKING:
     from whence.index.answer import Answer
     from whence.index.index import Index
     from whence.recipes.base import Recipe
+
+RESCORE = 0.05
 
 
 def query(
@@ -30,7 +33,7 @@ def query(
     strategy: str | None = None,
     name: str | None = None,
     over_run: Switch = False,
-    rescore: Share = 0.05,
+    rescore: Share | None = None,
     nprobe: Whole | None = None,
     listing: Annotated[ListOptions, Flat] = ListOptions(),  # noqa: B008
     data: Annotated[DataOptions, Flat] = DataOptions(),  # noqa: B008
@@ -44,14 +47,15 @@ def query(
         strategy: The index to ask, by its name or the strategy's. Default: ekfac; with --over-run identity.
         name: Folder of the index in the run folder, if it was given one.
         over_run: Ask the index that whence index --over-run made, of all snapshots of the training.
-        rescore: Share of the rows, half of it at either end by the index, that are scored exactly; 0 takes the index's own scores.
+        rescore: Share of the rows, half at either end by the index, that are scored exactly; 0: the index's own scores. Default: 0.05.
         nprobe: Lists that are read where whence index --faiss made an approximate index; 0 reads all rows. Default: one in 16.
     """
     from whence.scores.request import check_name
 
     check_name(name)
     check_one_kind(ask)
-    check_by(by, tokens=tokens)
+    check_by(by, tokens=tokens, rescore=rescore, nprobe=nprobe)
+    _check_unused(ask, run, nprobe)
     lines = None if ask.file is None else read_lines(ask.file)
     attributor, found, index = open_index(source, run, data, recipe=recipe, strategy=strategy, name=name, over_run=over_run)
     asked = questions(found, ask, lines)
@@ -65,7 +69,7 @@ def query(
         shown |= {"by": by, "exact": False, "queries": entries}
         told = [line for entry in entries for line in group_lines(entry)]
     else:
-        answer = index.query(rows, k=listing.k, rescore=rescore, together=ask.together, nprobe=nprobe)
+        answer = index.query(rows, k=listing.k, rescore=RESCORE if rescore is None else rescore, together=ask.together, nprobe=nprobe)
         entries = _entries(found, index, answer, heads, listing)
         if tokens:
             mark_tokens(found, index, rows, entries, together=ask.together)
@@ -73,6 +77,14 @@ def query(
         told = [line for entry in entries for line in query_lines(entry)]
     output.data(told, shown, as_json=run.json)
     output.stage_table(attributor.stages)
+
+
+def _check_unused(ask: AskOptions, run: RunOptions, nprobe: int | None) -> None:
+    """Refuse options that would change nothing."""
+    if run.batch_size != "auto":
+        raise ConfigError(f"--batch-size {run.batch_size}: query chooses its batches by itself; leave it out.")
+    if nprobe and ask.together:
+        raise ConfigError(f"--nprobe {nprobe}: --together takes the scores of all rows; leave one out.")
 
 
 def _entries(found: Recipe, index: Index, answer: Answer, heads: list[Question], listing: ListOptions) -> list[dict[str, Any]]:

@@ -59,7 +59,8 @@ def read_lines(path: Path) -> list[Line]:
         ConfigError: there is no such file. DataError: a line is no object, or there is none.
     """
     if not path.is_file():
-        raise ConfigError(f'--file {path}: there is no such file. Give a file of JSON lines, such as {{"text": "..."}}.')
+        what = "it is a folder" if path.is_dir() else "there is no such file"
+        raise ConfigError(f'--file {path}: {what}. Give a file of JSON lines, such as {{"text": "..."}}.')
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -70,7 +71,7 @@ def read_lines(path: Path) -> list[Line]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path}, line {number} is not valid JSON: {error}. Write one object per line.") from None
         if not isinstance(row, dict):
             raise DataError(f'{path}, line {number} holds {line.strip()[:40]!r}; write one object per line, such as {{"text": "..."}}.')
