@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 import whence
 from commands import done, refused
 from finetuned import Place, opened
+from whence.cli import tokens
+from whence.evaluate import embeddings
 from whence.index.index import Index
+from whence.scores.tokens import TokenScores
 
 MINE = "recipe.py:tiny"
 CLASSES = """
@@ -104,6 +109,7 @@ def test_texts_of_a_file_are_asked_about(run: Any, indexed: Path) -> None:
     [
         ('{"text": "1,2,3,4"}\n{"text": ', "queries.jsonl, line 2 is not valid JSON"),
         ('{"text": "1,2,3,4"}\n["1,2"]', "queries.jsonl, line 2 holds '[\"1,2\"]'; write one object per line"),
+        ("[" * 200_000, "queries.jsonl, line 1 is not valid JSON"),
         ("\n", "queries.jsonl has no lines"),
         ('{"text": 3}', "queries.jsonl, line 1: the column 'text' holds 3; give a text."),
         ('{"other": 3}', "queries.jsonl, line 1: recipe tiny does not say how a raw row becomes a row"),
@@ -124,7 +130,7 @@ def test_files_that_cannot_be_asked_about(run: Any, indexed: Path, content: str,
             ["--by", "author"],
             "the training rows of recipe tiny have no such column; choose label, source, place, list, cluster:20.",
         ),
-        (["--by", "cluster:90"], "90 clusters of 23 different"),
+        (["--by", "cluster:24"], "--by cluster:24: there are 23 training rows"),
         (["--tokens"], "no layer's positions are the tokens"),
     ],
 )
@@ -137,12 +143,56 @@ def test_questions_without_an_answer(run: Any, indexed: Path, arguments: list[st
     [
         (["--rows", "1", "--class", "1"], "--rows and --class were both given"),
         (["--file", "none.jsonl"], "--file none.jsonl: there is no such file"),
+        (["--file", "."], "--file .: it is a folder. Give a file of JSON lines"),
+        (["--by", "label", "--rescore", "1"], "--rescore 1.0: --by adds up the index's own scores of all rows; leave one out."),
+        (["--by", "label", "--nprobe", "2"], "--nprobe 2: --by adds up"),
+        (["--nprobe", "2", "--together"], "--nprobe 2: --together takes the scores of all rows"),
+        (["--batch-size", "4"], "--batch-size 4: query chooses its batches by itself; leave it out."),
         (["--by", "cluster:1"], "--by cluster:1: give the number of clusters, 2 or more"),
         (["--by", "label", "--tokens"], "leave one out"),
     ],
 )
 def test_what_can_be_known_without_the_model_is_said_before_it_is_opened(run: Any, arguments: list[str], message: str) -> None:
     assert message in refused(run, "query", "recipe.py:interrupted", *arguments)
+
+
+def test_too_many_clusters_are_refused_ahead_of_the_embeddings(run: Any, indexed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def computed(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("all rows went through the model")
+
+    monkeypatch.setattr(embeddings, "embeddings", computed)
+    assert "--by cluster:24: there are 23 training rows; give no more" in refused(run, "query", CLASSIFIED, "--by", "cluster:24")
+
+
+def test_own_scores_may_be_asked_for_by_group(run: Any, indexed: Path) -> None:
+    assert asked(run, "--by", "source", "--rescore", "0") == asked(run, "--by", "source")
+
+
+def test_tokens_of_many_queries_are_marked_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
+    parts = torch.randn(2, 5, 7, 4, generator=torch.Generator().manual_seed(1))
+    calls = []
+
+    class Explained:
+        def explain(self, rows: list[int], ids: list[int]) -> TokenScores:
+            calls.append((rows, ids))
+            some = [tensor[rows][:, ids] for tensor in (values, *parts)]
+            return TokenScores(**dict(zip(("values", "rows", "queries"), some, strict=True)))
+
+        def row(self, example: int) -> int:
+            return example
+
+    found = SimpleNamespace(tokens=None)
+    entries: list[dict[str, Any]] = [{"proponents": [{"train": query}, {"train": query + 2}]} for query in range(5)]
+    monkeypatch.setattr(tokens, "QUERIES", 2)
+    tokens.mark_tokens(found, Explained(), list(range(5)), entries, together=False)  # type: ignore[arg-type]
+    assert calls == [([0, 1], [0, 2, 1, 3]), ([2, 3], [2, 4, 3, 5]), ([4], [4, 6])]
+    whole = TokenScores(values=values, rows=parts[0], queries=parts[1])
+    for query, entry in enumerate(entries):
+        for row in entry["proponents"]:
+            for side, name in (("train", "rows"), ("query", "queries")):
+                wanted = whole.strongest(query, row["train"], side=name)  # type: ignore[arg-type]
+                assert [(one["token"], one["part"]) for one in row["tokens"][side]] == wanted
 
 
 def test_a_recipe_without_classes_has_none_to_ask_about(run: Any) -> None:
@@ -226,4 +276,4 @@ def test_classes_are_named_as_the_model_names_them(run: Any, place: Place) -> No
     (by_number,) = done(run, "query", *options, "--class", "1", "--together", "--json").data["queries"]
     assert by_name["together"] == by_number["together"]
     groups = done(run, "query", *options, "--by", "label", "--json").data["queries"][0]["largest"]
-    assert {one["group"] for one in groups} == {"0", "1"}, "the column of the data has the name label"
+    assert {one["group"] for one in groups} == {"negative", "positive"}, "though the data have a column label"

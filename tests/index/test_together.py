@@ -123,7 +123,9 @@ def test_answers_in_turns_are_those_of_all_queries(monkeypatch: pytest.MonkeyPat
     for side in ("proponents", "opponents"):
         assert torch.equal(getattr(again, side).ids, getattr(whole, side).ids)
         assert_close(getattr(again, side).values, getattr(whole, side).values, side, rtol=1e-5)
-    assert index.query(QUERIES, k=3, rescore=0, together=True).top() == [(row, pytest.approx(score, rel=1e-4)) for row, score in explained.top()]
+    assert index.query(QUERIES, k=3, rescore=0, together=True).top() == [
+        (row, pytest.approx(score, rel=1e-4)) for row, score in explained.top()
+    ]
 
 
 def test_together_keeps_no_matrix(monkeypatch: pytest.MonkeyPatch) -> None:

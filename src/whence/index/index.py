@@ -95,7 +95,7 @@ class Index:
 
     @property
     def fidelity(self) -> Fidelity | None:
-        """How near the index's own scores come to exact ones, measured when it was made; None for fewer than three rows."""
+        """How near the index's own scores come to exact ones, measured when it was made; None if that could not be."""
         return self._stored.fidelity
 
     def scores(self, queries: Any, *, query_rows: Sequence[int] | None = None) -> Tensor:
