@@ -86,6 +86,13 @@ def test_groups_that_read_the_same_are_one() -> None:
     assert found.sums[0].tolist() == [7.0, -3.0, 0.5]
 
 
+def test_scores_are_not_copied_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, copied = torch.Tensor.double, list[int]()
+    monkeypatch.setattr(torch.Tensor, "double", lambda tensor: copied.append(tensor.dim()) or real(tensor))
+    group_scores(VALUES.float(), SOURCES)
+    assert set(copied) == {1}
+
+
 def test_what_has_no_rows_has_no_groups() -> None:
     with pytest.raises(ConfigError, match="2 rows or more"):
         group_scores(VALUES[:, :1], ["a"])

@@ -21,6 +21,7 @@ from compare import assert_close
 from expected import BATCH, SEED, gradients
 from whence import tokenwise
 from whence.errors import ConfigError, MismatchError
+from whence.index.stored import StoredIndex
 from whence.scores.tokens import TokenScores
 
 LEFT = simple(
@@ -118,6 +119,15 @@ def test_models_without_tokens_are_refused() -> None:
     train, queries = case_named("mlp").data()
     with pytest.raises(ConfigError, match="no layer's positions are the tokens"):
         fitted("mlp").token_scores(queries, train)
+
+
+def test_ids_are_looked_up_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    train, queries = named(LEFT.name).data()
+    index = fitted(LEFT.name).index(train, keep=0.5, name="looked-up")
+    real, read = vars(StoredIndex)["ids"].func, list[int]()
+    monkeypatch.setattr(StoredIndex, "ids", property(lambda own: read.append(1) or real(own)))
+    index.explain(queries, range(len(train)), query_rows=[0])
+    assert len(read) <= 2
 
 
 def test_an_index_explains_its_rows() -> None:
