@@ -57,7 +57,7 @@ def laid(small: Index, folder: Path, rows: int) -> None:
     if folder.exists():
         return
     view = small._stored.store
-    pieces = [(name, len(ids)) for name, ids in small._stored._shards()]
+    pieces = [(name, len(ids)) for name, ids in small._stored.shards()]
     with ShardStore(folder, kind="index", settings=small.settings) as store:
         first = 0
         while first < rows:
