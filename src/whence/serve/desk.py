@@ -57,7 +57,8 @@ class Desk:
             except Exception as error:  # noqa: BLE001  (raised again where it was asked for)
                 future.set_exception(error)
             except BaseException:
-                future.set_exception(StoppedError())
+                if not future.done():  # Ctrl-C may also come just behind the answer
+                    future.set_exception(StoppedError())
                 raise
 
     def close(self) -> None:
