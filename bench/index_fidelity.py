@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -42,6 +42,7 @@ from whence.index.make import make_dense, make_factors
 from whence.index.pilot import best_spent
 from whence.index.projection import Projection, RowSettings
 from whence.index.search import candidates
+from whence.index.writer import Batches
 from whence.recipes.base import load_recipe
 from whence.runtime.progress import Stages
 
@@ -50,37 +51,6 @@ LARGE = Fraction(1, 64)
 KEEPS = ("1/1024", "1/256", "1/64", "1/16", "1/8")
 BEST, RESCORED = 10, 0.05
 RECALLS = ("recall", "recall_half", "recall_rescored")
-
-
-@dataclass
-class Making:
-    """Rows of several projections in one pass."""
-
-    projections: Sequence[Projection]
-    counts: list[int] = field(default_factory=list)
-    closed: list[list[Any]] = field(default_factory=list)
-    batches: list[Any] = field(default_factory=list)
-
-    def begin(self, batch: Any) -> None:
-        """Close the last batch and begin one."""
-        self.close()
-        self.counts.append(len(batch.ids))
-        self.batches = [one.batch(len(batch.ids)) for one in self.projections]
-
-    def take(self, first: int, layer: Any, gradient: Any) -> None:
-        """Take in a layer of the batch."""
-        for batch in self.batches:
-            batch.add(layer.name, gradient)
-
-    def close(self) -> None:
-        """Keep the batch's rows."""
-        if self.batches:
-            self.closed.append([batch.close() for batch in self.batches])
-
-    def rows(self) -> list[Any]:
-        """Return each projection's rows."""
-        self.close()
-        return [one.join(list(parts), self.counts) for one, parts in zip(self.projections, zip(*self.closed, strict=True), strict=True)]
 
 
 @dataclass(frozen=True)
@@ -143,12 +113,21 @@ def made(attributor: Attributor, train: Any, queries: Any, names: Sequence[str],
     rows, asked = (attributor._rows(data, "training", None, "auto") for data in (train, queries))
     with attributor._session(rows, train=train) as (recorder, seen):
         plans = planned(attributor, recorder, seen, rows, names, keep)
-        making = Making([plan.projection for plan in plans])
+        batches = [Batches(plan.projection) for plan in plans]
+
+        def begin(batch: Any) -> None:
+            for one in batches:
+                one.begin(len(batch.ids))
+
+        def take(first: int, layer: Any, gradient: Any) -> None:
+            for one in batches:
+                one.open.add(layer.name, gradient)
+
         for block in rows.blocks():
-            loss = loss_of(recorder.task)
-            run_block(recorder, rows, block, loss, lambda first: partial(making.take, first), lambda n: None, before=making.begin)
+            run_block(recorder, rows, block, loss_of(recorder.task), lambda first: partial(take, first), lambda n: None, before=begin)
         held = hold(recorder, asked, plans)
-    for plan, stored, its in zip(plans, making.rows(), held, strict=True):
+    for plan, own, its in zip(plans, batches, held, strict=True):
+        stored = own.joined()
         size = sum(tensor.numel() * tensor.element_size() for tensor in stored.values())
         yield plan, size // len(train), plan.scores(stored, its, len(train))
 

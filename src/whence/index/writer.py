@@ -83,7 +83,7 @@ class IndexWriter:
         )
 
     def _rows(self, rows: Rows, block: range, advance: Callable[[int], None]) -> dict[str, Tensor]:
-        batches = _Batches(self.projection)
+        batches = Batches(self.projection)
         norms = torch.zeros(len(block), dtype=self.recorder.sums, device=rows.device)
         budget, touched = working_set(rows.device.type), set[str]()
 
@@ -106,8 +106,8 @@ class IndexWriter:
         return {**batches.joined(), NORM: norms.float().cpu(), REACHED: reached(self.recorder.layers, touched)}
 
 
-class _Batches:
-    """The batches of a block, each closed when the next one begins."""
+class Batches:
+    """The rows of several batches, each closed when the next one begins."""
 
     def __init__(self, projection: Projection) -> None:
         self.projection = projection
@@ -125,7 +125,7 @@ class _Batches:
         self._batches.append((self.projection.batch(examples), examples))
 
     def joined(self) -> dict[str, Tensor]:
-        """Return all rows of the block."""
+        """Return all rows."""
         self._close()
         return self.projection.join(self._closed, [examples for _, examples in self._batches])
 

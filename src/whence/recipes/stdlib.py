@@ -14,27 +14,24 @@ cut to `--max-length` tokens, 64 by default. Other versions of Python have other
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from whence.errors import ConfigError
-from whence.recipes.family import TokenizerStyle, check_length
+from whence.recipes.family import check_length
 from whence.recipes.functions import split, version
-from whence.recipes.rows import Row, Source, need_columns
+from whence.recipes.plain_text import PlainText, settled_text
+from whence.recipes.rows import Row, Source
 from whence.recipes.settings import DataSettings, PresetName
-from whence.recipes.wikitext import gpt2, settled_text
 
 
 @dataclass(frozen=True)
-class Stdlib:
+class Stdlib(PlainText):
     """The family of the standard library's functions; a function is a row."""
 
     name: ClassVar[str] = "stdlib"
-    auto: ClassVar[str] = "AutoModelForCausalLM"
-    style: ClassVar[TokenizerStyle] = "gpt2"
     layer_sets: ClassVar[dict[str, list[str]]] = {}
-    over_run: ClassVar[bool] = False
     joins_rows: ClassVar[bool] = False
     makes_rows: ClassVar[bool] = True
     start: ClassVar[PresetName | None] = "mini"
@@ -60,31 +57,16 @@ class Stdlib:
         """Return what reads the library."""
         return Source(folder=self.name, hub=version(), made=split)
 
-    def texts(self, rows: Sequence[Row], data: DataSettings) -> Iterator[str]:
-        """Give each function's text."""
-        (column,) = data.columns or ("text",)
-        need_columns(rows, [column], "data")
-        return (str(row[column]) for row in rows)
-
-    def head(self, rows: Sequence[Row], data: DataSettings) -> dict[str, Any]:
-        """Return nothing: there are no labels."""
-        return {}
-
     def encode(self, tokenizer: Any, config: Any, rows: Sequence[Row], data: DataSettings) -> list[Row]:
         """Return `input_ids`, which end in the tokenizer's end where nothing is cut off, and the text with where it stands."""
         length = int(data.max_length or 64)
         check_length(config, length)
-        found = tokenizer(list(self.texts(rows, data)), add_special_tokens=False, verbose=False)["input_ids"]
         encoded = []
-        for row, tokens in zip(rows, found, strict=True):
+        for row, tokens in zip(rows, self.tokens(tokenizer, rows, data), strict=True):
             ends = [] if row.get("file") == "" else [tokenizer.eos_token_id]  # a prompt is not at its end
             text = tokenizer.decode(tokens[:length])
             encoded.append({"input_ids": [*tokens, *ends][:length], "text": place_of(row) + text})
         return encoded
-
-    def preset(self, size: PresetName, tokenizer: Any, data: DataSettings) -> Any:
-        """Return a small GPT-2."""
-        return gpt2(size, tokenizer, data)
 
 
 def place_of(row: Row) -> str:

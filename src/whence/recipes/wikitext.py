@@ -12,28 +12,26 @@ with its line end. All rows are joined and cut into blocks of `--max-length` tok
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, ClassVar
 
-from whence.errors import ConfigError, DataError
-from whence.recipes.family import SIZES, TokenizerStyle, check_length, positions
-from whence.recipes.rows import Row, Source, need_columns
+from whence.errors import DataError
+from whence.recipes.family import check_length
+from whence.recipes.plain_text import PlainText, settled_text
+from whence.recipes.rows import Row, Source
 from whence.recipes.settings import DataSettings, PresetName
 
 _BLOCKS = ["*.attn.c_attn", "*.attn.c_proj", "*.mlp.c_fc", "*.mlp.c_proj"]
 
 
 @dataclass(frozen=True)
-class WikiText:
+class WikiText(PlainText):
     """The family of plain text and language models."""
 
     name: ClassVar[str] = "wikitext"
-    auto: ClassVar[str] = "AutoModelForCausalLM"
-    style: ClassVar[TokenizerStyle] = "gpt2"
     layer_sets: ClassVar[dict[str, list[str]]] = {"seed": _BLOCKS}
-    over_run: ClassVar[bool] = False
     joins_rows: ClassVar[bool] = True
     makes_rows: ClassVar[bool] = False
     start: ClassVar[PresetName | None] = None
@@ -57,65 +55,12 @@ class WikiText:
         """Return where the data set lies; the task is its configuration on the hub, for example wikitext-2-raw-v1."""
         return Source(folder="wikitext2", hub="Salesforce/wikitext", config=data.task)
 
-    def texts(self, rows: Sequence[Row], data: DataSettings) -> Iterator[str]:
-        """Give each row's text."""
-        (column,) = data.columns or ("text",)
-        need_columns(rows, [column], "data")
-        return (str(row[column]) for row in rows)
-
-    def head(self, rows: Sequence[Row], data: DataSettings) -> dict[str, Any]:
-        """Return nothing: there are no labels."""
-        return {}
-
     def encode(self, tokenizer: Any, config: Any, rows: Sequence[Row], data: DataSettings) -> list[Row]:
         """Return blocks: `input_ids` and the text."""
         length = int(data.max_length or 512)
         check_length(config, length)
-        # Text longer than the model takes is cut below, so that the tokenizer need not warn.
-        found = tokenizer(list(self.texts(rows, data)), add_special_tokens=False, verbose=False)["input_ids"]
-        tokens = list(chain.from_iterable(found))
+        tokens = list(chain.from_iterable(self.tokens(tokenizer, rows, data)))
         blocks = [tokens[start : start + length] for start in range(0, len(tokens) - length + 1, length)]
         if not blocks:
             raise DataError(f"the text has {len(tokens)} tokens, too few for a block of {length}. Give more, or a smaller --max-length.")
         return [{"input_ids": block, "text": tokenizer.decode(block)} for block in blocks]
-
-    def preset(self, size: PresetName, tokenizer: Any, data: DataSettings) -> Any:
-        """Return a small GPT-2."""
-        return gpt2(size, tokenizer, data)
-
-
-def settled_text(data: DataSettings, *, task: str, max_length: int) -> DataSettings:
-    """Fill in what is not said of rows that are plain text: the column text, and the loss.
-
-    Raises:
-        ConfigError: a setting that plain text has no use for.
-    """
-    if data.flip:
-        raise ConfigError("flip replaces labels, and text has none. Leave --flip out.")
-    if data.label is not None:
-        raise ConfigError(f"label={data.label!r} names a column of labels, and text has none. Leave --label out.")
-    if data.measurement == "margin":
-        raise ConfigError("measurement='margin' is for classifiers; choose loss or log_odds.")
-    if data.columns is not None and len(data.columns) != 1:
-        raise ConfigError(f"columns={data.columns!r}: a language model's text is in one column.")
-    settled = data.over(DataSettings(task=task, columns=("text",), max_length=max_length, measurement="loss"))
-    if settled.max_length is not None and settled.max_length < 2:
-        raise ConfigError("max_length=1 leaves nothing to predict; give blocks of 2 tokens or more.")
-    return settled
-
-
-def gpt2(size: PresetName, tokenizer: Any, data: DataSettings) -> Any:
-    """Return the configuration of a small GPT-2, of the layers and width of `whence.recipes.family.SIZES`."""
-    from transformers import GPT2Config
-
-    layers, width = SIZES[size]
-    end = tokenizer.eos_token_id
-    return GPT2Config(
-        vocab_size=len(tokenizer),
-        n_embd=width,
-        n_layer=layers,
-        n_head=width // 32,
-        n_positions=positions(data),
-        bos_token_id=end,
-        eos_token_id=end,
-    )

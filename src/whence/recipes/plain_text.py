@@ -1,0 +1,73 @@
+"""What the families of language models share: text in one column, no labels, a GPT-2 to start from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from whence.errors import ConfigError
+from whence.recipes.family import SIZES, TokenizerStyle, positions
+from whence.recipes.rows import Row, need_columns
+from whence.recipes.settings import DataSettings, PresetName
+
+
+@dataclass(frozen=True)
+class PlainText:
+    """A family of language models; what of a family is not here, its own says (`whence.recipes.family.Family`)."""
+
+    auto: ClassVar[str] = "AutoModelForCausalLM"
+    style: ClassVar[TokenizerStyle] = "gpt2"
+    over_run: ClassVar[bool] = False
+
+    def texts(self, rows: Sequence[Row], data: DataSettings) -> Iterator[str]:
+        """Give each row's text."""
+        (column,) = data.columns or ("text",)
+        need_columns(rows, [column], "data")
+        return (str(row[column]) for row in rows)
+
+    def tokens(self, tokenizer: Any, rows: Sequence[Row], data: DataSettings) -> list[list[int]]:
+        """Return the tokens of each row's text, uncut."""
+        # Text longer than the model takes is cut by the family, so that the tokenizer need not warn.
+        found: list[list[int]] = tokenizer(list(self.texts(rows, data)), add_special_tokens=False, verbose=False)["input_ids"]
+        return found
+
+    def head(self, rows: Sequence[Row], data: DataSettings) -> dict[str, Any]:
+        """Return nothing: there are no labels."""
+        return {}
+
+    def preset(self, size: PresetName, tokenizer: Any, data: DataSettings) -> Any:
+        """Return the configuration of a small GPT-2, of the layers and width of `whence.recipes.family.SIZES`."""
+        from transformers import GPT2Config
+
+        layers, width = SIZES[size]
+        end = tokenizer.eos_token_id
+        return GPT2Config(
+            vocab_size=len(tokenizer),
+            n_embd=width,
+            n_layer=layers,
+            n_head=width // 32,
+            n_positions=positions(data),
+            bos_token_id=end,
+            eos_token_id=end,
+        )
+
+
+def settled_text(data: DataSettings, *, task: str, max_length: int) -> DataSettings:
+    """Fill in what is not said of rows that are plain text: the column text, and the loss.
+
+    Raises:
+        ConfigError: a setting that plain text has no use for.
+    """
+    if data.flip:
+        raise ConfigError("flip replaces labels, and text has none. Leave --flip out.")
+    if data.label is not None:
+        raise ConfigError(f"label={data.label!r} names a column of labels, and text has none. Leave --label out.")
+    if data.measurement == "margin":
+        raise ConfigError("measurement='margin' is for classifiers; choose loss or log_odds.")
+    if data.columns is not None and len(data.columns) != 1:
+        raise ConfigError(f"columns={data.columns!r}: a language model's text is in one column.")
+    settled = data.over(DataSettings(task=task, columns=("text",), max_length=max_length, measurement="loss"))
+    if settled.max_length is not None and settled.max_length < 2:
+        raise ConfigError("max_length=1 leaves nothing to predict; give blocks of 2 tokens or more.")
+    return settled
