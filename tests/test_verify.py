@@ -16,6 +16,7 @@ from case_models import mlp
 from case_models_conv import ConvNet
 from cases import EMPIRICAL, Case, build, watch
 from compare import assert_close
+from whence.capture import survey
 from whence.errors import LayerError
 from whence.tasks import Classification
 
@@ -280,3 +281,24 @@ def test_moments_and_unused_layers_are_no_reason() -> None:
     attributor.self_influence(vectors(1, 9), strategy="identity")
     assert set(attributor.coverage.tracked) == {"used", "head"}
     assert "reached by no gradient" in dict(attributor.coverage.left_out)["idle"]
+
+
+# --------------------------------------------------------------------------------------------------------- looked at once
+
+
+def test_a_model_is_looked_at_once_until_its_weights_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[int] = []
+    look = survey.strange_layers
+    monkeypatch.setattr(survey, "strange_layers", lambda *args, **options: looks.append(1) or look(*args, **options))  # type: ignore[func-returns-value]
+    model, rows = build(Functional), vectors(0, 6)
+    attributor = engine(model)
+    first, again = (attributor.scores(rows[:count], rows, strategy="identity", per_layer=True) for count in (2, 3))
+    assert "first" not in {**first.per_layer, **again.per_layer}
+    assert len(looks) == 1
+    before = model.head.bias.detach().clone()
+    with torch.no_grad():
+        model.head.bias += 1
+    attributor.scores(rows[:2], rows, strategy="identity")
+    assert len(looks) == 2
+    with torch.no_grad():
+        model.head.bias.copy_(before)

@@ -82,7 +82,12 @@ class IndexBench(TokenBench):
 
     def _write_part(self, ready: _Ready, store: ShardStore, rows: Rows, part: int) -> None:
         IndexWriter(
-            recorder=ready.recorder, preconditioner=ready.preconditioner, projection=ready.projection, store=store, stages=self.stages
+            recorder=ready.recorder,
+            preconditioner=ready.preconditioner,
+            projection=ready.projection,
+            store=store,
+            stages=self.stages,
+            seed=self.seed,
         ).write(rows, part)
         if finish(store, self._layers):
             self._leave_out_unreached(store)

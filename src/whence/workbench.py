@@ -76,6 +76,7 @@ class Workbench:
         self._named = layers is not None and layers != "all"
         self._layers, self.coverage = track(model, layers, fallback=fallback)
         self._programs: Programs = {}
+        self._left_out: dict[str, dict[str, str]] = {}
         self._fallback, self._moments = fallback, second_moments
         self._scales = layer_scales(model, self._layers, second_moments)
         self.training_time = training_time
@@ -202,7 +203,7 @@ class Workbench:
         """Install the taps for one call and look at model and data."""
         recorder = Recorder(self.model, self._layers, self.task, options=self.options, scales=self._scales)
         with recorder.recording():
-            seen = survey(recorder, rows, datasets, lenient=not self._named)
+            seen = survey(recorder, rows, datasets, lenient=not self._named, known=self._left_out)
             if not self._take_alone(seen.left_out):
                 for name, reason in seen.left_out.items():
                     self.coverage.drop(name, reason)

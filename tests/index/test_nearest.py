@@ -15,10 +15,10 @@ from cases import case_named
 from whence.errors import ConfigError, StorageError
 from whence.index.dense import SCALES, VALUES, DenseRows
 from whence.index.encoding import encode
+from whence.index.names import COUNT, FINGERPRINT, IDS, NORM, about, done, row_shards
 from whence.index.nearest import write_nearest
 from whence.index.projection import RowSettings
-from whence.index.stored import StoredIndex, row_shards
-from whence.index.writer import COUNT, FINGERPRINT, IDS, NORM, about, done
+from whence.index.stored import StoredIndex
 from whence.runtime.progress import Stages
 from whence.storage.shards import ShardStore
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from whence.capture.passes import Rows
 from whence.capture.recorder import Recorder
@@ -38,7 +38,9 @@ class Survey:
     left_out: dict[str, str]
 
 
-def survey(recorder: Recorder, rows: Rows, datasets: Mapping[str, Any], *, lenient: bool = True) -> Survey:
+def survey(
+    recorder: Recorder, rows: Rows, datasets: Mapping[str, Any], *, lenient: bool = True, known: dict[str, dict[str, str]] | None = None
+) -> Survey:
     """Run two rows forward, read every row of the data sets once, and leave out layers that cannot be taken.
 
     Args:
@@ -46,13 +48,15 @@ def survey(recorder: Recorder, rows: Rows, datasets: Mapping[str, Any], *, lenie
         rows: rows to run forward.
         datasets: what is read.
         lenient: leave out a layer whose forward is not that of its kind; else it is an error.
+        known: layers left out before, by what that depends on; is added to. Where the same model, weights included, is run on batches
+            of the same form again, they are not looked for again: for a question to an index that is most of the time.
 
     Raises:
         DataError: a row cannot be used. ConfigError: two rows do not fit into memory.
         LayerError: the task differentiates the model itself, or a layer is not of its kind.
     """
     try:
-        return _survey(recorder, rows, datasets, lenient)
+        return _survey(recorder, rows, datasets, lenient, {} if known is None else known)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -61,34 +65,61 @@ def survey(recorder: Recorder, rows: Rows, datasets: Mapping[str, Any], *, lenie
         ) from error
 
 
-def _survey(recorder: Recorder, rows: Rows, datasets: Mapping[str, Any], lenient: bool) -> Survey:
+def _survey(recorder: Recorder, rows: Rows, datasets: Mapping[str, Any], lenient: bool, known: dict[str, dict[str, str]]) -> Survey:
     task, model = recorder.task, recorder.model
-    found = _options(task)
+    found, batch = _options(task), _batch(rows, rows.indices[:2])
     with torch.no_grad():
-        task.prepare(model, _batch(rows, rows.indices[:2]).data)
+        task.prepare(model, batch.data)
     data = {
         name: fingerprint_rows(dataset, inspect=lambda index, row: task.inspect_row(model, index, row))
         for name, dataset in datasets.items()
     }
-    left_out = recorder.taps.strangers if lenient else {}
-    left_out |= dict.fromkeys(_unbatched(recorder, rows, lenient), "called without the batch's axis")
+    weights, source = fingerprint_model(model), fingerprint_source(task)
+    depends = (
+        weights,
+        source,
+        found,
+        _form(batch.data),
+        [(layer.name, layer.alone is None) for layer in recorder.layers],
+        recorder.options,
+        lenient,
+    )
+    if (key := repr(depends)) not in known:
+        known[key] = _left_out(recorder, rows, batch, lenient)
+    left_out = known[key]
     for name in left_out:
         recorder.leave_out(name)
-    strange = strange_layers(recorder, _batch(rows, rows.indices[:2]), lenient=lenient)
-    for name in strange:
-        recorder.leave_out(name)
-    left_out |= strange
     identity = {
         "format": FORMAT,
-        "model": fingerprint_model(model),
-        "task": fingerprint_source(task),
+        "model": weights,
+        "task": source,
         # What changes while the task is used is its state and no option.
         "task options": {name: value for name, value in _options(task).items() if found.get(name) == value},
         "layers": {layer.name: list(layer.shape) for layer in recorder.layers},
         **({} if recorder.options.half is None else {"precision": recorder.options.precision}),
         **({"second moments": fingerprint_tensors(recorder.scales)} if recorder.scales else {}),
     }
-    return Survey(identity=identity, data=data, left_out=left_out)
+    return Survey(identity=identity, data=data, left_out=dict(left_out))
+
+
+def _left_out(recorder: Recorder, rows: Rows, batch: Batch, lenient: bool) -> dict[str, str]:
+    """Return the layers that cannot be taken, with the reason; the recorder has left them out already."""
+    left_out = recorder.taps.strangers if lenient else {}
+    left_out |= dict.fromkeys(_unbatched(recorder, rows, lenient), "called without the batch's axis")
+    for name in left_out:
+        recorder.leave_out(name)
+    return left_out | strange_layers(recorder, batch, lenient=lenient)
+
+
+def _form(data: Any) -> str:
+    """Describe the keys, types and axes of a batch, but no sizes."""
+    if isinstance(data, Tensor):
+        return f"{data.dtype}[{data.dim()}]"
+    if isinstance(data, Mapping):
+        return f"{{{', '.join(f'{key}: {_form(value)}' for key, value in data.items())}}}"
+    if isinstance(data, list | tuple):
+        return f"[{', '.join(map(_form, data))}]"
+    return type(data).__qualname__
 
 
 def _batch(rows: Rows, indices: Any) -> Batch:

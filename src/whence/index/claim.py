@@ -13,8 +13,8 @@ from torch import Tensor
 
 from whence.capture.tracking import TrackedLayer
 from whence.errors import ConfigError, MismatchError
-from whence.index.stored import DELETED, Part, StoredIndex, read_part, row_shards
-from whence.index.writer import FINGERPRINT, IDS, about, done
+from whence.index.names import DELETED, FINGERPRINT, IDS, about, coarse_name, done, row_shards
+from whence.index.stored import Part, StoredIndex, read_part
 from whence.scores.blocks import REACHED
 from whence.storage.shards import ShardStore
 
@@ -102,7 +102,8 @@ def claim_more(store: ShardStore, ids: Sequence[int], fingerprint: str, number: 
     if about(number) in store.names:
         if _is_of(read_part(store, number), ids, fingerprint):
             return number
-        store.remove(about(number), *row_shards(store, number), *({done(number)} & set(store.names)))
+        rows = row_shards(store, number)
+        store.remove(about(number), *rows, *({done(number), *map(coarse_name, rows)} & set(store.names)))
     return _begin(store, number, ids, fingerprint)
 
 

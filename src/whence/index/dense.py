@@ -121,6 +121,10 @@ class DenseRows:
         """Return parts as one."""
         return {key: torch.cat([part[key] for part in parts]) for key in (VALUES, SCALES)}
 
+    def at(self, rows: Tensors, places: Tensor) -> dict[str, Tensor]:
+        """Return the rows at some places."""
+        return {key: rows[key][places] for key in (VALUES, SCALES)}
+
     @property
     def row_bytes(self) -> int:
         """Bytes of a row."""

@@ -112,6 +112,18 @@ class FactorRows:
             joined[key] = torch.cat([part[key] + first if places else part[key] for part, first in zip(parts, firsts, strict=True)])
         return joined
 
+    def at(self, rows: Tensors, places: Tensor) -> dict[str, Tensor]:
+        """Return the rows at some places; their triplets count rows anew."""
+        found: dict[str, Tensor] = {}
+        for number in range(len(self.shapes)):
+            own = rows[f"{number}/row"]
+            starts, ends = (torch.searchsorted(own, places.to(own.dtype), right=right) for right in (False, True))
+            counts = ends - starts
+            chosen = torch.repeat_interleave(starts - (counts.cumsum(0) - counts), counts) + torch.arange(int(counts.sum()))
+            found |= {f"{number}/{key}": rows[f"{number}/{key}"][chosen] for key in ("left", "right", "scale")}
+            found[f"{number}/row"] = torch.repeat_interleave(torch.arange(len(places), dtype=own.dtype), counts)
+        return found
+
     def hold(self, queries: int) -> HeldMatrices:
         """Return the queries without any matrix."""
         return HeldMatrices(queries=queries, matrices={})
@@ -129,8 +141,7 @@ class FactorRows:
         result = torch.zeros(examples, held.queries)
         for number, name in enumerate(self.shapes):
             if name in held.matrices:
-                stored = {key: rows[f"{number}/{key}"] for key in ("left", "right", "scale", "row")}
-                meet(StoredTriplets(**stored, dtype=self.settings.number_type), held.matrices[name], result)
+                meet(StoredTriplets.of(rows, number, self.settings.number_type), held.matrices[name], result)
         return result
 
 

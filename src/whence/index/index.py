@@ -16,10 +16,10 @@ from whence.errors import ConfigError
 from whence.index.answer import Answer
 from whence.index.bench import Bench
 from whence.index.claim import known_ids
-from whence.index.dense import DenseRows
+from whence.index.coarse import blocks_at, promising
 from whence.index.fidelity import Fidelity
 from whence.index.joined import open_stored
-from whence.index.nearest import Nearest, blocks_at, check_projection, open_nearest, require_faiss, verify_nearest
+from whence.index.nearest import Nearest, check_projection, open_nearest, require_faiss, verify_nearest
 from whence.index.projection import Held, Projection
 from whence.index.rows_at_hand import RowsAtHand
 from whence.index.search import both_ends, candidates, check_question, joined
@@ -157,7 +157,7 @@ class Index:
             together: explain the mean of the queries' measurements, such as of a whole class, as one query; the answer then says how
                 much the queries agree, by the index's own scores.
             nprobe: lists of the approximate index (`accelerate`) that are read for each end of each query; by default one in 16;
-                0: read all rows instead. `together` always does.
+                0: read all rows instead, and not only those that it, or the coarse vectors of triplets, name. `together` always does.
 
         Raises:
             ConfigError: an option cannot be used, or all rows are deleted. MismatchError: as of `scores`, or `train` is not what was
@@ -184,14 +184,13 @@ class Index:
         return Answer(proponents=top, opponents=bottom, exact=rescore > 0, agreement=agreed, text=self._text)
 
     def _blocks(self, asked: tuple[Projection, Held], several: int, nprobe: int | None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Return ids and scores of all rows, or of those that the approximate index names."""
+        """Return ids and scores of all rows, or of those that an approximate index or the coarse vectors name."""
         projection, held = asked
-        nearest = self._nearest if nprobe != 0 else None
-        if nearest is None:
+        if nprobe == 0 or not isinstance(self._stored, StoredIndex):
             return self._stored.blocks(projection, held)
-        assert isinstance(self._stored, StoredIndex)
-        assert isinstance(projection, DenseRows)
-        return blocks_at(self._stored, projection, held, nearest.candidates(held, several, nprobe))
+        nearest = self._nearest
+        places = promising(self._stored, projection, held, several) if nearest is None else nearest.candidates(held, several, nprobe)
+        return self._stored.blocks(projection, held) if places is None else blocks_at(self._stored, projection, held, places)
 
     @cached_property
     def _nearest(self) -> Nearest | None:

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from whence.errors import StorageError
 from whence.index.fidelity import Fidelity
+from whence.index.names import row_shards
 from whence.index.projection import Held, Projection
-from whence.index.stored import Part, StoredIndex, row_shards
+from whence.index.stored import Part, StoredIndex
 
 CHECKPOINTS = "checkpoints"
 """Where the settings of an index of several checkpoints keep those of each."""

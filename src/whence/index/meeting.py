@@ -6,6 +6,7 @@ together first, each a matrix of the coordinates that are kept, at the cost of t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -27,13 +28,18 @@ class StoredTriplets:
     row: Tensor
     dtype: Dtype
 
+    @classmethod
+    def of(cls, rows: Mapping[str, Tensor], layer: int, dtype: Dtype) -> StoredTriplets:
+        """Return those of the layer of a number."""
+        return cls(**{key: rows[f"{layer}/{key}"] for key in ("left", "right", "scale", "row")}, dtype=dtype)
+
     def some(self, part: slice) -> StoredTriplets:
         """Return some of them."""
         return StoredTriplets(left=self.left[part], right=self.right[part], scale=self.scale[part], row=self.row[part], dtype=self.dtype)
 
     def sides(self, outputs: int, inputs: int) -> tuple[Tensor, Tensor]:
         """Return `[triplet, out]` and, with the scales, `[triplet, in]`, in float32."""
-        right = decode(self.right, self.dtype, inputs).mul_(self.scale[:, None])
+        right = decode(self.right, self.dtype, inputs) * self.scale[:, None]  # not in place: float32 is not copied
         return decode(self.left, self.dtype, outputs), right
 
 
@@ -77,3 +83,13 @@ def _row_by_row(triplets: StoredTriplets, matrices: Tensor, result: Tensor, rows
         wide_left, wide_right = torch.zeros(last - first, most, outputs), torch.zeros(last - first, most, inputs)
         wide_left[own, place], wide_right[own, place] = left, right
         result[first:last] += torch.bmm(wide_left.mT, wide_right).flatten(1) @ flat
+
+
+def rows_together(one: StoredTriplets, two: StoredTriplets, sizes: tuple[int, int], result: Tensor) -> None:
+    """Add products of rows that are triplets `(out, in)` with others to `[row, other row]`."""
+    if not len(one.row) or not len(two.row):
+        return
+    (left, right), (left_two, right_two) = one.sides(*sizes), two.sides(*sizes)
+    found = (left @ left_two.mT).mul_(right @ right_two.mT)
+    for_rows = torch.zeros(result.shape[0], len(two.row)).index_add_(0, one.row, found)
+    result.index_add_(1, two.row, for_rows)

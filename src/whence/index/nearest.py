@@ -91,17 +91,6 @@ class Nearest:
             probed = min(self.lists, 2 * probed)
 
 
-def blocks_at(stored: StoredIndex, projection: DenseRows, held: Tensor, places: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield ids and scores of the rows at some places, ascending, as `StoredIndex.blocks` does of all."""
-    first = 0
-    for name, ids in stored.shards():
-        here = places[(places >= first) & (places < first + len(ids))] - first
-        first += len(ids)
-        if len(here):
-            rows = stored.store.view(name)
-            yield ids[here], projection.scores({key: rows[key][here] for key in (VALUES, SCALES)}, held, len(here))
-
-
 def open_nearest(stored: StoredIndex) -> tuple[Nearest | None, str | None]:
     """Return the approximate index of an index, None if there is none; else None and why it is not used.
 
@@ -177,7 +166,7 @@ def _built(stored: StoredIndex, projection: DenseRows, seed: int, stages: Stages
         faiss.IndexFlatIP(numbers), numbers, lists, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT
     )
     built.cp.seed, built.cp.niter, built.cp.max_points_per_centroid, built.cp.min_points_per_centroid = seed + 1, 10, _PER_LIST, 1
-    alive = _alive(stored)
+    alive = stored.alive
     several = min(rows, max(lists, min(_PER_LIST * lists, _SAMPLE_BYTES // (4 * numbers))))
     drawn = alive[torch.randperm(rows, generator=torch.Generator().manual_seed(seed))[:several]].sort().values
     with _one_thread(faiss), stages.stage("Approximate index"), stages.track(rows, "Approximate index") as advance:
@@ -186,12 +175,6 @@ def _built(stored: StoredIndex, projection: DenseRows, seed: int, stages: Stages
             built.add_with_ids(values.numpy(), places.numpy())
             advance(len(places))
     return built
-
-
-def _alive(stored: StoredIndex) -> Tensor:
-    """Return the places, among all rows on disk, of those that are not deleted."""
-    ids = torch.cat([part.ids for part in stored.parts])
-    return torch.isin(ids, stored.deleted, invert=True).nonzero().squeeze(1)
 
 
 def _numbers(stored: StoredIndex, projection: DenseRows, places: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

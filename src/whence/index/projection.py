@@ -46,6 +46,10 @@ class Projection(Protocol):
         """Return parts of so many examples each as one."""
         ...
 
+    def at(self, rows: Tensors, places: Tensor) -> dict[str, Tensor]:
+        """Return the rows at some places, int64 and ascending, as stored rows of their own."""
+        ...
+
     @property
     def row_bytes(self) -> int:
         """Bytes of a row at most, about."""

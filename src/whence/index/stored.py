@@ -13,11 +13,9 @@ from torch import Tensor
 
 from whence.errors import StorageError
 from whence.index.fidelity import Fidelity
+from whence.index.names import DELETED, FIDELITY, FINGERPRINT, IDS, NORM, about, done, row_shards
 from whence.index.projection import Held, Projection
-from whence.index.writer import FINGERPRINT, IDS, NORM, about, done
 from whence.storage.shards import ShardStore
-
-DELETED, FIDELITY = "deleted", "fidelity"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +146,11 @@ class StoredIndex:
             firsts = [int(name.rsplit("-", 1)[1]) for name in names]
             yield from zip(names, part.ids.tensor_split(firsts[1:]), strict=True)
 
+    @property
+    def alive(self) -> Tensor:
+        """The places, among all rows on disk, of those that are not deleted, int64, ascending."""
+        return self._alive(torch.cat([part.ids for part in self.parts])).nonzero().squeeze(1)
+
     def _alive(self, ids: Tensor) -> Tensor:
         return ~torch.isin(ids, self.deleted)
 
@@ -156,8 +159,3 @@ def read_part(store: ShardStore, number: int) -> Part:
     """Return what a part is of, whole or not."""
     begun = store.read(about(number))
     return Part(ids=begun[IDS], fingerprint=bytes(begun[FINGERPRINT].tolist()).hex())
-
-
-def row_shards(store: ShardStore, number: int) -> list[str]:
-    """Return the names of a part's shards of rows."""
-    return [name for name in store.names if name.startswith(f"part-{number:04d}/rows-")]

@@ -21,25 +21,16 @@ from whence.capture.passes import BLOCK, Rows, all_finite, finished, loss_of, ra
 from whence.capture.recorder import Recorder
 from whence.capture.tracking import TrackedLayer
 from whence.curvature.stored import Preconditioner
+from whence.index.coarse import write_coarse
+from whence.index.names import COUNT, NORM, done
 from whence.index.projection import Projection, RowBatch
 from whence.runtime.progress import Stages
 from whence.scores.block import own_products
 from whence.scores.blocks import REACHED, reached, write_missing
 from whence.storage.shards import ShardStore
 
-NORM, IDS, FINGERPRINT, COUNT = "norm", "ids", "fingerprint", "rows"
 SHARD_BYTES = 2**26
 """About how large a shard gets; a kill loses at most the rows of one."""
-
-
-def about(part: int) -> str:
-    """Return the name of the shard that says what a part is of."""
-    return f"part-{part:04d}/about"
-
-
-def done(part: int) -> str:
-    """Return the name of the shard that says that a part is whole."""
-    return f"part-{part:04d}/done"
 
 
 def shard_ranges(rows: int, row_bytes: int) -> list[range]:
@@ -50,19 +41,21 @@ def shard_ranges(rows: int, row_bytes: int) -> list[range]:
 
 @dataclass(frozen=True, kw_only=True)
 class IndexWriter:
-    """Writes the rows of one part."""
+    """Writes the rows of one part; `seed` draws landmarks (`coarse.py`)."""
 
     recorder: Recorder
     preconditioner: Preconditioner
     projection: Projection
     store: ShardStore
     stages: Stages
+    seed: int
 
     def write(self, rows: Rows, part: int) -> None:
         """Write the shards of a part that are not there yet, and that it is whole."""
         ranges = shard_ranges(len(rows), self.projection.row_bytes)
         shards = {f"part-{part:04d}/rows-{places.start:09d}": places for places in ranges}
         write_missing(self.store, shards, self.stages, "Index rows", partial(self._shard, rows))
+        write_coarse(self.store, self.projection, part, self.seed, self.stages)
         if done(part) not in self.store.names:
             self.store.write(done(part), {COUNT: torch.tensor(len(rows))})
 
