@@ -40,7 +40,7 @@ def probabilities(recipe: Recipe, checkpoint: Path, train: list[int], test: list
     """Train from the saved start on some rows; return the probabilities `[row, class]` of others."""
     procedure = recipe.retraining
     assert isinstance(procedure, Retraining)
-    model = load_start(procedure.family, checkpoint / START)
+    model = load_start(procedure.family, checkpoint / START, procedure.training)
     train_model(model, [recipe.train[row] for row in train], recipe.collate, procedure.training, seed=procedure.training.seed)
     parts = []
     with torch.no_grad():

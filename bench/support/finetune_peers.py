@@ -34,7 +34,7 @@ def trak(setting: Setting, *, models: int, proj_dim: int = 512, ridge: float = 0
     assert isinstance(procedure, Retraining)
     used = [setting.recipe.model]
     for file in setting.trained()[: models - 1]:
-        model = load_start(procedure.family, setting.checkpoint / START)
+        model = load_start(procedure.family, setting.checkpoint / START, procedure.training)
         model.load_state_dict(safetensors.torch.load_file(file))
         used.append(model)
     return trak_scores(

@@ -84,7 +84,7 @@ class Setting:
         files = [self.work / "models" / f"seed-{seed}.safetensors" for seed in range(1, self.models + 1)]
         for seed, file in enumerate(files, start=1):
             if not file.is_file():
-                model = load_start(procedure.family, self.checkpoint / START)
+                model = load_start(procedure.family, self.checkpoint / START, procedure.training)
                 train_model(model, self.recipe.train, self.recipe.collate, procedure.training, seed=seed)
                 file.parent.mkdir(parents=True, exist_ok=True)
                 safetensors.torch.save_file({name: tensor.clone() for name, tensor in model.state_dict().items()}, file)

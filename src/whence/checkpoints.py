@@ -215,7 +215,7 @@ def load_checkpoint(model: nn.Module, checkpoint: Checkpoint) -> None:
         name, state = "the state dict", dict(checkpoint)
     else:
         path = Path(checkpoint)
-        files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+        files = _weights(path) if path.is_dir() else [path]
         if not files or not all(file.is_file() for file in files):
             raise StorageError(f"checkpoint {path}: no safetensors file is there. Give a file, or a folder with model.safetensors.")
         name, state = f"checkpoint {path}", {}
@@ -225,9 +225,12 @@ def load_checkpoint(model: nn.Module, checkpoint: Checkpoint) -> None:
             except (OSError, safetensors.SafetensorError) as error:
                 raise StorageError(f"{file} cannot be read: {error}. Save the checkpoint again as safetensors.") from error
     own = model.state_dict(keep_vars=True)
-    # A tied tensor is stored under one of its names.
+    # peft saves adapters and new heads without the name of the adapter.
+    names = {key.replace(".modules_to_save.default.", ".").replace(".default.", "."): key for key in own}
+    state = {key if key in own else names.get(key, key): tensor for key, tensor in state.items()}
+    # A tied tensor is stored under one of its names; what is not trained may be left out.
     given = {own[key].data_ptr() for key in state if key in own}
-    missing = [key for key in own if key not in state and own[key].data_ptr() not in given]
+    missing = [key for key in own if key not in state and own[key].data_ptr() not in given and not _is_fixed(own[key])]
     unknown = [key for key in state if key not in own]
     wrong = [key for key in state if key in own and own[key].shape != state[key].shape]
     if missing or unknown or wrong:
@@ -240,6 +243,16 @@ def load_checkpoint(model: nn.Module, checkpoint: Checkpoint) -> None:
         )
         raise StorageError(f"{name} does not fit the model: it {what}. Give a checkpoint of this model.")
     model.load_state_dict(state, strict=False)
+
+
+def _weights(folder: Path) -> list[Path]:
+    """Return a folder's files of weights: whence train keeps second moments beside them, under the same names."""
+    files = sorted(folder.glob("*.safetensors"))
+    return [file for file in files if file.name.startswith(("model", "adapter_model"))] or files
+
+
+def _is_fixed(tensor: Tensor) -> bool:
+    return isinstance(tensor, nn.Parameter) and not tensor.requires_grad
 
 
 def mean_scores(scores: Sequence[Scores]) -> Scores:

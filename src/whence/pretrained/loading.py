@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from whence.errors import ConfigError
+from whence.pretrained.adapters import peft_is_quiet
 from whence.pretrained.collator import Collator
 from whence.pretrained.kinds import KINDS, Kind, kind_of, need, no_kind
 from whence.tasks import MultipleChoice, SequenceClassification, Task
@@ -126,10 +126,10 @@ def _open_adapter(transformers: Any, name: str, task: Task | None) -> tuple[nn.M
     # The classes of a head that was trained with the adapter are told by the head alone.
     labels = next((shapes[head][0] for head in _HEADS if head in shapes), None)
     options = {} if labels is None or kind is None else {"num_labels": labels}
+    if not Path(base).is_dir() and (beside := Path(name) / base).is_dir():
+        base = str(beside)  # as whence train keeps it, so that the folder may be moved
     model, kind = _load(transformers, _checked(base), task, kind=kind, given=frozenset(shapes), **options)
-    with _reading(name), warnings.catch_warnings():
-        # peft 0.21 asks transformers 5.23 for it by a name that is going away; nobody but peft can mend that.
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.* is deprecated", category=FutureWarning)
+    with _reading(name), peft_is_quiet():
         adapted = peft.PeftModel.from_pretrained(model, name, is_trainable=True)
     own = any((Path(name) / file).is_file() for file in _TOKENIZER_FILES)
     return adapted.eval(), _task(task, kind), collator_for(adapted, kind, _tokenizer(transformers, name if own else base))

@@ -33,6 +33,23 @@ BUILT_IN = {
 _FORM = "A recipe is a whence.Recipe, or a function without required arguments that returns one."
 
 
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The answers that queries choose from, each as a row: the same prompt, another answer's tokens trained, no rationale.
+
+    A query is right if the option with the least mean loss per trained token is the true one.
+
+    Attributes:
+        rows: encoded rows, one per option, those of a query behind each other.
+        query: which query a row is an option of, int64 `[option row]`, rising.
+        gold: whether it is the true one, bool `[option row]`.
+    """
+
+    rows: Sequence[Any]
+    query: Tensor
+    gold: Tensor
+
+
 @dataclass(kw_only=True)
 class Recipe:
     """A trained model with the data that made it and the behaviour to be explained.
@@ -55,6 +72,8 @@ class Recipe:
         layer_sets: lists of layers that can be asked for by a name.
         raw: training rows as they were read, to be filtered and written again; None: there are none.
         classes, query_classes: class of every training row and query, int64, where they have one.
+        groups, query_groups: source, task or skill of every training row and query, where they have one.
+        options: the answers that every query chooses from, where there are some.
         flipped: which training labels were made wrong on purpose, bool `[train]`.
         retraining: trains again on some of the training rows and measures the queries; see `whence.evaluate.retrain`.
         training_time: sum of the learning rates of all training steps.
@@ -84,6 +103,9 @@ class Recipe:
     raw: Sequence[dict[str, Any]] | None = None
     classes: Tensor | None = None
     query_classes: Tensor | None = None
+    groups: Sequence[str] | None = None
+    query_groups: Sequence[str] | None = None
+    options: Options | None = None
     flipped: Tensor | None = None
     retraining: Any = None
     training_time: float | None = None

@@ -11,6 +11,7 @@ from whence.recipes.rows import Row, Source
 from whence.recipes.settings import DataSettings, PresetName
 
 _OFFSET = ("roberta", "camembert", "longformer")  # models that count positions from the padding token on
+SEQ2SEQ, SEQ2SEQ_PRESET = "AutoModelForSeq2SeqLM", "t5"
 TokenizerStyle = Literal["bert", "roberta", "gpt2"]
 SIZES: dict[PresetName, tuple[int, int]] = {"tiny": (2, 64), "mini": (4, 128), "small": (4, 256)}
 """Layers and width of the small random models."""
@@ -32,6 +33,8 @@ class Family(Protocol):
     """Whether raw rows are joined and cut anew, so that rows are limited after that."""
     makes_rows: ClassVar[bool]
     """Whether rows are made on this machine, so that no folder of data is looked for."""
+    architectures: ClassVar[tuple[str, ...]]
+    """Kinds of small models that presets make, as transformers names them; the first is the usual one."""
     start: ClassVar[PresetName | None]
     """What training starts from if it is not told: a small random model, or None for the pretrained one of `defaults`."""
 
@@ -59,9 +62,14 @@ class Family(Protocol):
         """Return rows as the model takes them, each with `"text"`, what people read."""
         ...
 
-    def preset(self, size: PresetName, tokenizer: Any, data: DataSettings) -> Any:
-        """Return the configuration of a small model for a tokenizer."""
+    def preset(self, size: PresetName, tokenizer: Any, data: DataSettings, architecture: str) -> Any:
+        """Return the configuration of a small model for a tokenizer; the architecture is one of `architectures`."""
         ...
+
+
+def auto_of(family: Family, config: Any) -> str:
+    """Return the class of transformers that loads a model of this configuration: a family may take encoder-decoders too."""
+    return SEQ2SEQ if SEQ2SEQ_PRESET in family.architectures and getattr(config, "is_encoder_decoder", False) else family.auto
 
 
 @dataclass(frozen=True, kw_only=True)

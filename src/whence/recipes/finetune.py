@@ -20,6 +20,7 @@ import torch
 
 from whence.errors import ConfigError, DataError
 from whence.pretrained import open_pretrained
+from whence.pretrained.adapters import is_adapted, save_adapter
 from whence.pretrained.kinds import need, quiet
 from whence.recipes.asked import asker, encoder, generator
 from whence.recipes.base import Recipe
@@ -29,7 +30,7 @@ from whence.recipes.retraining import START, Retraining
 from whence.recipes.rows import DATA_VARIABLE, Row
 from whence.recipes.settings import DataSettings, TrainingSettings, data_settings, to_json
 from whence.recipes.splits import collate_of, encode_train, fingerprint_raw, read_queries, read_train, task_of
-from whence.recipes.start import make_start
+from whence.recipes.start import adapted, make_start, settle_lora
 from whence.recipes.training import Trained, freeze, snapshot_file, train_model
 from whence.recipes.unfinished import is_unfinished, unfinished
 from whence.runtime.device import resolve_device
@@ -77,15 +78,20 @@ def train_recipe(
     data = family.settled(data)
     if training.model is None and training.preset is None:
         training = replace(training, preset=family.start)
+    if training.architecture not in (None, *family.architectures):
+        known = " or ".join(family.architectures)
+        raise ConfigError(f"architecture={training.architecture!r} is no small model of the recipe {family.name}; choose {known}.")
     training = training.over(family.defaults(data, training.preset))
     raw = read_train(family, data)
     model, tokenizer = make_start(family, raw, data, training)
+    training = settle_lora(training, model)
     fingerprint = fingerprint_raw(family, data, raw)
     made_of = _made_of(family, data, training) | {"snapshots": snapshots, "rows": fingerprint, "start": fingerprint_model(model)}
     with unfinished(folder, made_of, overwrite=overwrite) as place:
         with explain_write_errors(folder):
             (folder / RECORD).unlink(missing_ok=True)  # the record is written last: without it, the folder is unfinished
         _save(folder / START, model, tokenizer)
+        model = adapted(model, training)
         rows = encode_train(family, data, tokenizer, model.config, raw, training.seed).encoded
         model.to(resolve_device("auto"))
         collate = collate_of(family, model, tokenizer)
@@ -101,13 +107,17 @@ def train_recipe(
 
 def _made_of(family: Family, data: DataSettings, training: TrainingSettings) -> dict[str, Any]:
     """Return the settings and versions that a training depends on, by name."""
-    versions = {name: need(name).__version__ for name in ("torch", "transformers", "accelerate")}
+    packages = ("torch", "transformers", "accelerate", *(() if training.lora_rank is None else ("peft",)))
+    versions = {name: need(name).__version__ for name in packages}
     return {"recipe": family.name, **_lasting(data), **to_json(training), **versions}
 
 
 def _save(folder: Path, model: Any, tokenizer: Any) -> None:
     with explain_write_errors(folder), quiet(need("transformers")):
-        model.save_pretrained(folder)
+        if is_adapted(model):
+            save_adapter(model, folder, base=START)
+        else:
+            model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
 
@@ -143,7 +153,8 @@ def open_finetuned(family: Family, checkpoint_dir: str | Path | None, data: Data
         data = data.over(recorded)
     data = family.settled(data)
     with quiet(need("transformers")):
-        model, task, collate = open_pretrained(checkpoint_dir, task=task_of(family, data))
+        model, _, collate = open_pretrained(checkpoint_dir, task=task_of(family, data))
+    task = task_of(family, data, model.config)
     tokenizer = need("transformers").AutoTokenizer.from_pretrained(checkpoint_dir)
     training = None if record is None else TrainingSettings(**_known(TrainingSettings, record["training"]))
     raw = read_train(family, data)

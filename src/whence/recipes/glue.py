@@ -60,6 +60,7 @@ class Glue:
     over_run: ClassVar[bool] = True
     joins_rows: ClassVar[bool] = False
     makes_rows: ClassVar[bool] = False
+    architectures: ClassVar[tuple[str, ...]] = ("bert",)
     start: ClassVar[PresetName | None] = None
 
     def settled(self, data: DataSettings) -> DataSettings:
@@ -129,7 +130,7 @@ class Glue:
             encoded.append({**{key: column[place] for key, column in found.items()}, "labels": value, "text": text})
         return encoded
 
-    def preset(self, size: PresetName, tokenizer: Any, data: DataSettings) -> Any:
+    def preset(self, size: PresetName, tokenizer: Any, data: DataSettings, architecture: str) -> Any:
         """Return a BERT of 2 layers 64 wide (tiny) or 4 layers 256 wide (small)."""
         from transformers import BertConfig
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from whence.errors import ConfigError
-from whence.recipes.family import SIZES, TokenizerStyle, positions
+from whence.recipes.family import TokenizerStyle
+from whence.recipes.presets import language_model
 from whence.recipes.rows import Row, need_columns
 from whence.recipes.settings import DataSettings, PresetName
 
@@ -19,6 +20,7 @@ class PlainText:
     auto: ClassVar[str] = "AutoModelForCausalLM"
     style: ClassVar[TokenizerStyle] = "gpt2"
     over_run: ClassVar[bool] = False
+    architectures: ClassVar[tuple[str, ...]] = ("gpt2",)
 
     def texts(self, rows: Sequence[Row], data: DataSettings) -> Iterator[str]:
         """Give each row's text."""
@@ -36,21 +38,9 @@ class PlainText:
         """Return nothing: there are no labels."""
         return {}
 
-    def preset(self, size: PresetName, tokenizer: Any, data: DataSettings) -> Any:
+    def preset(self, size: PresetName, tokenizer: Any, data: DataSettings, architecture: str) -> Any:
         """Return the configuration of a small GPT-2, of the layers and width of `whence.recipes.family.SIZES`."""
-        from transformers import GPT2Config
-
-        layers, width = SIZES[size]
-        end = tokenizer.eos_token_id
-        return GPT2Config(
-            vocab_size=len(tokenizer),
-            n_embd=width,
-            n_layer=layers,
-            n_head=width // 32,
-            n_positions=positions(data),
-            bos_token_id=end,
-            eos_token_id=end,
-        )
+        return language_model(size, tokenizer, data, architecture)
 
 
 def settled_text(data: DataSettings, *, task: str, max_length: int) -> DataSettings:

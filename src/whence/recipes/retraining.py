@@ -66,6 +66,8 @@ class Retraining:
             "torch": torch.__version__,
             "transformers": need("transformers").__version__,
         }
+        if self.training.lora_rank is not None:  # new adapters are made, not read
+            parts |= {"adapters": self.training.seed, "peft": need("peft").__version__}
         return json.dumps(parts, sort_keys=True)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -75,7 +77,7 @@ class Retraining:
     def __call__(self, rows: Sequence[int], seed: int) -> Tensor:
         """Train from the saved start on these training rows; return the measurements `[query]`."""
         prepared = _prepared(self, self.key)
-        model = load_start(self.family, Path(self.folder) / START)
+        model = load_start(self.family, Path(self.folder) / START, self.training)
         collate = collate_of(self.family, model, prepared.tokenizer)
         train_model(model, [prepared.train[row] for row in rows], collate, self.training, seed=seed)
         return measure(model, prepared.task, prepared.queries, collate, int(self.training.eval_batch_size or 1))
@@ -104,4 +106,4 @@ def _prepared(procedure: Retraining, key: str) -> _Prepared:
     transformers = need("transformers")
     tokenizer, config = transformers.AutoTokenizer.from_pretrained(start), transformers.AutoConfig.from_pretrained(start)
     train, queries = read_splits(family, data, tokenizer, config, procedure.training.seed)
-    return _Prepared(task=task_of(family, data), tokenizer=tokenizer, train=train.encoded, queries=queries.encoded)
+    return _Prepared(task=task_of(family, data, config), tokenizer=tokenizer, train=train.encoded, queries=queries.encoded)

@@ -75,6 +75,9 @@ class TrainingSettings:
     preset: PresetName | None = None
     """Start from a small random model instead, with a tokenizer made from the training text."""
 
+    architecture: str | None = None
+    """With --preset: kind of the small model; instruct and cot: gpt2, llama, gpt_neo or t5."""
+
     learning_rate: float | None = None
     """Highest learning rate."""
 
@@ -102,17 +105,38 @@ class TrainingSettings:
     freeze: tuple[str, ...] = ()
     """Parameters that are not trained, and so not attributed: names or patterns, for example *embeddings*."""
 
+    lora_rank: int | None = None
+    """Train low-rank adapters of this rank (LoRA, by peft) on a model that stays as it is, instead of its own parameters."""
+
+    lora_alpha: float | None = None
+    """With --lora-rank: adapters count alpha / rank times. Default: eight times the rank."""
+
+    lora_dropout: float | None = None
+    """With --lora-rank: dropout before adapters. Default: that of --dropout, else 0.1."""
+
+    lora_targets: tuple[str, ...] | None = None
+    """With --lora-rank: last names of the layers that get adapters. Default: by architecture, for example c_attn, c_proj, c_fc."""
+
     seed: int = 1004
-    """Of a new head, a random start, the order of rows and dropout."""
+    """Of a new head, new adapters, a random start, the order of rows and dropout."""
 
     def __post_init__(self) -> None:
+        adapter = ("lora_alpha", "lora_dropout", "lora_targets")
+        given = [name for name in adapter if getattr(self, name) is not None]
+        if self.lora_rank is None and given:
+            raise ConfigError(f"{given[0]}={getattr(self, given[0])!r} is of an adapter, and none is asked for. Give lora_rank too.")
         if self.model is not None and self.preset is not None:
             raise ConfigError(f"model={self.model!r} and preset={self.preset!r} are two starts; give one.")
+        if self.architecture is not None and self.preset is None:
+            raise ConfigError(f"architecture={self.architecture!r} is of a small random model, and none is asked for. Give preset too.")
         if self.lr_scheduler_type not in SCHEDULES:
             raise ConfigError(f"lr_scheduler_type={self.lr_scheduler_type!r} cannot be used; choose {', '.join(SCHEDULES)}.")
         for name in ("learning_rate", "num_train_epochs", "train_batch_size", "eval_batch_size"):
             _check(self, name, lambda v: v > 0, "a positive number")
-        for name in ("warmup_ratio", "dropout"):
+        _check(self, "lora_rank", lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 1, "a whole number of 1 or more")
+        _check(self, "lora_alpha", lambda v: v > 0, "a positive number")
+        _check(self, "lora_targets", lambda v: len(v) > 0 and not isinstance(v, str), "names of layers, as a list")
+        for name in ("warmup_ratio", "dropout", "lora_dropout"):
             _check(self, name, lambda v: 0 <= v < 1, "a number from 0 to below 1")
         _check(self, "weight_decay", lambda v: v >= 0, "a number from 0")
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from whence.pretrained.kinds import KINDS, Kind
 from whence.pretrained.loading import collator_for
-from whence.recipes.family import Family
+from whence.recipes.family import Family, auto_of
 from whence.recipes.labels import flip_labels
 from whence.recipes.rows import Row, read_split
 from whence.recipes.settings import DataSettings
@@ -77,15 +77,15 @@ def _flip(raw: list[Row], label: str, share: float, seed: int) -> tuple[list[Row
     return changed, flipped != numbers
 
 
-def task_of(family: Family, data: DataSettings) -> Task:
-    """Return the task, with the measurement that is asked for."""
-    return _kind(family).task(measurement=str(data.measurement))
+def task_of(family: Family, data: DataSettings, config: Any = None) -> Task:
+    """Return the task of a model with this configuration, or of the family's usual one, with the measurement that is asked for."""
+    return _kind(family, config).task(measurement=str(data.measurement))
 
 
 def collate_of(family: Family, model: Any, tokenizer: Any) -> Callable[[list[Any]], Any]:
     """Return the collate function of a model of the family."""
-    return collator_for(model, _kind(family), tokenizer)
+    return collator_for(model, _kind(family, model.config), tokenizer)
 
 
-def _kind(family: Family) -> Kind:
-    return next(kind for kind in KINDS if kind.auto == family.auto)
+def _kind(family: Family, config: Any) -> Kind:
+    return next(kind for kind in KINDS if kind.auto == auto_of(family, config))

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from whence.errors import ConfigError
+from whence.pretrained.adapters import add_lora, lora_targets
 from whence.pretrained.kinds import need, quiet
-from whence.recipes.family import Family, TokenizerStyle
+from whence.recipes.family import Family, TokenizerStyle, auto_of
 from whence.recipes.rows import Row
 from whence.recipes.settings import DataSettings, PresetName, TrainingSettings
 
@@ -34,10 +36,10 @@ def make_start(family: Family, rows: Sequence[Row], data: DataSettings, training
         model, tokenizer = _pretrained(transformers, family, head, training)
     else:
         tokenizer = make_tokenizer(family.style, family.texts(rows, data), training.preset)
-        config = family.preset(training.preset, tokenizer, data)
+        config = family.preset(training.preset, tokenizer, data, training.architecture or family.architectures[0])
         _set(config, head)
         _set_dropout(config, training.dropout)
-        model = _seeded(training.seed, lambda: getattr(transformers, family.auto).from_config(config))
+        model = _seeded(training.seed, lambda: getattr(transformers, auto_of(family, config)).from_config(config))
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
     if model.config.pad_token_id is None:
@@ -45,11 +47,35 @@ def make_start(family: Family, rows: Sequence[Row], data: DataSettings, training
     return model, tokenizer
 
 
-def load_start(family: Family, folder: Path) -> Any:
-    """Return the untrained model that was saved in a folder."""
+def settle_lora(training: TrainingSettings, model: Any) -> TrainingSettings:
+    """Return the settings with those of adapters filled in, where adapters are asked for.
+
+    Raises:
+        ConfigError: the model has no such layers.
+    """
+    if training.lora_rank is None:
+        return training
+    dropout = 0.1 if training.dropout is None else training.dropout
+    targets = lora_targets(model, training.lora_targets)
+    chosen = {"lora_alpha": 8.0 * training.lora_rank, "lora_dropout": dropout}  # as in the published runs
+    return replace(training.over(chosen), lora_targets=targets)
+
+
+def adapted(model: Any, training: TrainingSettings) -> Any:
+    """Return the model as it is trained: with new adapters, keyed by the training's seed, where they are asked for."""
+    if training.lora_rank is None:
+        return model
+    alpha, dropout, targets = training.lora_alpha, training.lora_dropout, training.lora_targets
+    assert alpha is not None and dropout is not None and targets is not None  # settle_lora  # noqa: PT018
+    return add_lora(model, rank=training.lora_rank, alpha=alpha, dropout=dropout, targets=targets, seed=training.seed)
+
+
+def load_start(family: Family, folder: Path, training: TrainingSettings) -> Any:
+    """Return the untrained model that was saved in a folder, with the adapters that it was trained with, untrained too."""
     transformers = need("transformers")
     with quiet(transformers):
-        return getattr(transformers, family.auto).from_pretrained(folder)
+        config = transformers.AutoConfig.from_pretrained(folder)
+        return adapted(getattr(transformers, auto_of(family, config)).from_pretrained(folder), training)
 
 
 def _pretrained(transformers: Any, family: Family, head: dict[str, Any], training: TrainingSettings) -> tuple[Any, Any]:
@@ -62,7 +88,7 @@ def _pretrained(transformers: Any, family: Family, head: dict[str, Any], trainin
         with quiet(transformers):  # that the head is new is the point
             model = _seeded(
                 training.seed,
-                lambda: getattr(transformers, family.auto).from_pretrained(
+                lambda: getattr(transformers, auto_of(family, config)).from_pretrained(
                     name, config=config, dtype=torch.float32, ignore_mismatched_sizes=True
                 ),
             )

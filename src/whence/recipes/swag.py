@@ -36,6 +36,7 @@ class Swag:
     over_run: ClassVar[bool] = True
     joins_rows: ClassVar[bool] = False
     makes_rows: ClassVar[bool] = False
+    architectures: ClassVar[tuple[str, ...]] = ("roberta",)
     start: ClassVar[PresetName | None] = None
 
     def settled(self, data: DataSettings) -> DataSettings:
@@ -88,7 +89,7 @@ class Swag:
             encoded.append({**_even(dict(found), tokenizer), "labels": right, "text": "\n".join([first, *choices])})
         return encoded
 
-    def preset(self, size: PresetName, tokenizer: Any, data: DataSettings) -> Any:
+    def preset(self, size: PresetName, tokenizer: Any, data: DataSettings, architecture: str) -> Any:
         """Return a RoBERTa of 2 layers 64 wide (tiny) or 4 layers 256 wide (small)."""
         from transformers import RobertaConfig
 

@@ -42,7 +42,7 @@ class Snapshot:
     Attributes:
         step: optimizer steps taken.
         time: sum of the learning rates over the segment of the run that it stands for.
-        state: parameters and buffers, on the CPU.
+        state: trained parameters and buffers, on the CPU.
     """
 
     step: int
@@ -135,7 +135,8 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ConfigError(f"freeze={pattern!r} matches no parameter; they are named like {', '.join(names[:3])}.")
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not any(fnmatchcase(name, pattern) for pattern in patterns))
+        # What was not trained before, such as the model under adapters, is not trained now.
+        parameter.requires_grad_(parameter.requires_grad and not any(fnmatchcase(name, pattern) for pattern in patterns))
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError(f"freeze={', '.join(patterns)} leaves nothing to be trained. Freeze fewer parameters.")
 
@@ -231,7 +232,7 @@ def _keeper(transformers: Any, model: nn.Module, trainer: Any, parts: list[tuple
             self.advance(1)
             for middle, last in parts:
                 if state.global_step == middle:
-                    tensors = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+                    tensors = {name: tensor.detach().cpu().clone() for name, tensor in _changing(model)}
                     self.kept.append(Snapshot(step=middle, time=0.0, state=tensors))
                 if state.global_step == last:
                     until = training_time(trainer) or 0.0
@@ -242,6 +243,12 @@ def _keeper(transformers: Any, model: nn.Module, trainer: Any, parts: list[tuple
                 control.should_save = True
 
     return Keeper
+
+
+def _changing(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Give buffers, and the parameters that are trained."""
+    held = model.state_dict(keep_vars=True).items()
+    return ((name, tensor) for name, tensor in held if tensor.requires_grad or not isinstance(tensor, nn.Parameter))
 
 
 @contextmanager
