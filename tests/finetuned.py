@@ -70,8 +70,35 @@ def hellaswag_row(dice: random.Random, number: int) -> Row:
     return {"ind": number, "ctx_a": first, "ctx_b": second, "ctx": f"{first} {second}".strip(), "endings": endings, "label": str(label)}
 
 
+def alpaca_row(dice: random.Random, number: int) -> Row:
+    good, noun = number % 2 == 0, dice.choice(NOUNS)
+    asked = {"instruction": f"Say that the {noun} is {'good' if good else 'bad'}.", "input": noun if number % 3 else ""}
+    return {**asked, "output": f"The {noun} is {dice.choice(GOOD if good else BAD)}.", "skill": "praise" if good else "blame"}
+
+
+def flan_row(dice: random.Random, number: int) -> Row:
+    good, noun = number % 2 == 0, dice.choice(NOUNS)
+    targets = f"It is {dice.choice(GOOD if good else BAD)}.\nThe answer is {'yes' if good else 'no'}."
+    return {"inputs": f"Is the {noun} liked?", "targets": targets, "_task_source": "CoT", "_task_name": f"cot_{noun}"}
+
+
+def strategy_row(dice: random.Random, number: int) -> Row:
+    good, noun = number % 2 == 0, dice.choice(NOUNS)
+    rationale = f"The {noun} is {dice.choice(GOOD if good else BAD)}."
+    return {"qid": f"q{number}", "question": f"Is the {noun} number {number} liked?", "answer": good, "rationale": rationale}
+
+
+def commonsense_row(dice: random.Random, number: int) -> Row:
+    right = dice.randrange(3)
+    texts = dice.sample(NOUNS, 3)
+    rationale = f"The {texts[right]} is what is meant."
+    choices = {"label": list("ABC"), "text": texts}
+    return {"id": f"c{number}", "question": "What is meant?", "choices": choices, "answerKey": "ABC"[right], "rationale": rationale}
+
+
 ROWS: dict[str, Callable[[random.Random, int], Row]] = {f"glue_{task}": partial(glue_row, task) for task in GLUE}
 ROWS |= {"swag": swag_row, "hellaswag": hellaswag_row}
+ROWS |= {"alpaca": alpaca_row, "flan_cot": flan_row, "strategy_qa": strategy_row, "commonsense_qa": commonsense_row}
 
 
 def rows_of(name: str, split: str) -> list[Row]:
@@ -110,6 +137,10 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "stsb": ("glue", {"task": "stsb", "max_length": 32}),
     "swag": ("swag", {"max_length": 32}),
     "wikitext": ("wikitext", {"max_length": 16}),
+    "alpaca": ("instruct", {"max_length": 48}),
+    "flan": ("instruct", {"task": "flan_cot", "max_length": 48}),
+    "strategy": ("cot", {"max_length": 48}),
+    "commonsense": ("cot", {"task": "commonsense_qa", "max_length": 64}),
 }
 
 

@@ -64,7 +64,11 @@ def test_only_adapters_and_new_heads_are_trained_and_kept(adapters: Any, name: s
     held = base.get_base_model().state_dict()
     for key, tensor in start.items():
         inner, _, last = key.rpartition(".")
-        found = next(held[k] for k in (key, f"{inner}.base_layer.{last}", f"{inner.replace('classifier', 'classifier.original_module')}.{last}") if k in held)
+        found = next(
+            held[k]
+            for k in (key, f"{inner}.base_layer.{last}", f"{inner.replace('classifier', 'classifier.original_module')}.{last}")
+            if k in held
+        )
         assert torch.equal(found.cpu(), tensor), f"{key} stays as it was"
     for part in ("lora_A", "lora_B"):
         assert any(part in key and bool(tensor.any()) for key, tensor in kept.items())
@@ -218,7 +222,9 @@ def test_settings_of_adapters_that_cannot_be_used(settings: dict[str, Any], mess
 def test_layers_that_are_not_there() -> None:
     model = nn.Sequential()
     model.odd = nn.Linear(2, 2)
-    with pytest.raises(ConfigError, match=r"is not known of this architecture: Sequential has linear layers named odd\. Give --lora-targets\."):
+    with pytest.raises(
+        ConfigError, match=r"is not known of this architecture: Sequential has linear layers named odd\. Give --lora-targets\."
+    ):
         lora_targets(model, None)
     with pytest.raises(ConfigError, match=r"lora_targets='even' names no linear layer; Sequential has linear layers named odd\."):
         lora_targets(model, ("even",))

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from whence.recipes.base import Recipe
 
 Flat = Parameter(name="*")
-RECIPE_HELP = "digits, glue, stdlib, swag, wikitext, or file.py:object, where the object is a Recipe or a function that returns one."
+RECIPE_HELP = (
+    "cot, digits, glue, instruct, stdlib, swag, wikitext, or file.py:object, where the object is a Recipe or a function that returns one."
+)
 RecipeName = Annotated[str, Parameter(name="recipe", help=RECIPE_HELP)]
 
 INDEX_HELP = (

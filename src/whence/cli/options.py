@@ -19,13 +19,14 @@ Strategy = Literal["identity", "diagonal", "kfac", "ekfac"]
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions(DataSettings):
-    """Which trained model, and which data; for recipes that ask for them (glue, stdlib, swag, wikitext)."""
+    """Which trained model, and which data; for recipes that ask for them (cot, glue, instruct, stdlib, swag, wikitext)."""
 
     checkpoint_dir: Path | None = None
     """Folder of the trained model: of whence train, or a checkpoint of your own."""
 
     columns: Names | None = None  # type: ignore[assignment]  # a list on the command line
-    """Columns of the text, for data of your own: one or two for glue, the one of the text for wikitext and stdlib."""
+    """Columns of the text, for data of your own: one or two for glue, the one of the text for wikitext and stdlib, prompt and
+    answer for instruct."""
 
     max_length: Count | None = None
     """Longest row in tokens; for wikitext the length of every block."""
@@ -59,12 +60,16 @@ class TrainOptions(TrainingSettings):
     freeze: Names = field(default_factory=list)  # type: ignore[assignment]  # a list on the command line
     """Parameters that are not trained, and so not attributed: names or patterns, for example *embeddings*."""
 
+    lora_targets: Names | None = None  # type: ignore[assignment]  # a list on the command line
+    """With --lora-rank: last names of the layers that get adapters. Default: by architecture, for example c_attn, c_proj, c_fc."""
+
     seed: Whole = 1004
-    """Of a new head, a random start, the order of rows and dropout."""
+    """Of a new head, new adapters, a random start, the order of rows and dropout."""
 
     def settings(self) -> TrainingSettings:
         """Return the options as the library takes them."""
-        return TrainingSettings(**{**vars(self), "freeze": tuple(self.freeze)})
+        targets = None if self.lora_targets is None else tuple(self.lora_targets)
+        return TrainingSettings(**{**vars(self), "freeze": tuple(self.freeze), "lora_targets": targets})
 
 
 @dataclass(kw_only=True)

@@ -24,8 +24,9 @@ from whence.index.index import Index
 from whence.pretrained.kinds import need
 from whence.recipes.base import Recipe
 from whence.recipes.families import FAMILIES
-from whence.recipes.finetune import RECORD, open_finetuned, train_recipe
+from whence.recipes.finetune import open_finetuned, train_recipe
 from whence.recipes.functions import PROMPTS
+from whence.recipes.record import RECORD
 from whence.recipes.settings import DataSettings, PresetName, TrainingSettings
 from whence.report.page import require_extra
 from whence.report.run import run_report

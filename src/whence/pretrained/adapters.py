@@ -65,7 +65,8 @@ def add_lora(model: nn.Module, *, rank: int, alpha: float, dropout: float, targe
     inner: Any = bare(model)
     kind = kind_of(type(inner).__name__)
     # What peft has no name for has a head that it does not know to be new.
-    head = [name for name, _ in inner.named_children() if name == "classifier"] if kind is not None and kind.task is MultipleChoice else None
+    choice = kind is not None and kind.task is MultipleChoice
+    head = [name for name, _ in inner.named_children() if name == "classifier"] if choice else None
     config = peft.LoraConfig(
         r=rank,
         lora_alpha=alpha,
@@ -105,5 +106,3 @@ def _layers(model: nn.Module) -> dict[str, set[str]]:
         if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
             found.setdefault(name.rpartition(".")[2], set()).add(type(module).__name__)
     return found
-
-

@@ -10,7 +10,8 @@ import torch
 
 from whence.errors import ConfigError, DataError
 from whence.evaluate.embeddings import only_looking
-from whence.recipes.family import Family
+from whence.recipes.family import Family, auto_of
+from whence.recipes.prompted import Prompted
 from whence.recipes.rows import Row
 from whence.recipes.settings import DataSettings
 from whence.tasks.likelihoods import IGNORE
@@ -24,11 +25,11 @@ Encode = Callable[[Mapping[str, Any]], Row]
 def encoder(family: Family, model: Any, tokenizer: Any, collate: Callable[[list[Row]], Any], data: DataSettings) -> Encode:
     """Return what makes a row to ask about of a raw row, with the columns of the data set.
 
-    A language model is asked for the row's text, a classifier for the row's label; without one, for the class that it reads in
-    the row now.
+    A language model is asked for the row's text, or its answer to a prompt, a classifier for the row's label; without one, for
+    the class that it reads in the row now.
     """
     columns, label = data.columns or (), str(data.label)
-    language = family.auto == LANGUAGE_MODEL
+    language = auto_of(family, model.config) == LANGUAGE_MODEL
 
     def labelled(raw: Mapping[str, Any]) -> Row:
         try:
@@ -38,6 +39,8 @@ def encoder(family: Family, model: Any, tokenizer: Any, collate: Callable[[list[
             raise DataError(re.sub(r"^(data: )?(row 0|a row) ", "the row ", str(error))) from None
 
     def encode(raw: Mapping[str, Any]) -> Row:
+        if isinstance(family, Prompted):
+            return _said(tokenizer, str(raw["text"]), data) if language and raw.keys() == {"text"} else labelled(raw)
         missing = [column for column in columns if raw.get(column) is None]
         if missing:
             also = "" if language else f", and {label} for another class than the model reads"
@@ -59,7 +62,7 @@ def asker(family: Family, encode: Encode, data: DataSettings) -> Callable[[str],
     """Return what makes a row to ask about of a text: a raw row of that text alone."""
 
     def ask(text: str) -> Row:
-        columns = data.columns or ()
+        columns = ("text",) if isinstance(family, Prompted) else data.columns or ()
         if len(columns) != 1:
             raise ConfigError(f"a text alone is no row of recipe {family.name}, whose rows have several texts; ask about its queries.")
         return encode({columns[0]: text})
@@ -72,7 +75,7 @@ def generator(family: Family, model: Any, tokenizer: Any, data: DataSettings) ->
 
     Only the continuation is measured: the tokens of the text have no labels. It is the likeliest token at every step.
     """
-    if not (family.auto == LANGUAGE_MODEL and callable(getattr(model, "generate", None))):
+    if not (auto_of(family, model.config) == LANGUAGE_MODEL and callable(getattr(model, "generate", None))):
         return None
 
     def generate(text: str) -> Row:

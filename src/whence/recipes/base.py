@@ -23,8 +23,10 @@ from whence.tasks import Task
 
 # Name -> module and object; the module is imported when the recipe is asked for.
 BUILT_IN = {
+    "cot": ("whence.recipes.families", "cot"),
     "digits": ("whence.recipes.digits", "digits"),
     "glue": ("whence.recipes.families", "glue"),
+    "instruct": ("whence.recipes.families", "instruct"),
     "stdlib": ("whence.recipes.families", "stdlib"),
     "swag": ("whence.recipes.families", "swag"),
     "wikitext": ("whence.recipes.families", "wikitext"),

@@ -7,10 +7,11 @@ A checkpoint folder holds the trained model and its tokenizer as `from_pretraine
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from whence.errors import ConfigError, DataError
+from whence.errors import ConfigError
 from whence.pretrained import open_pretrained
 from whence.pretrained.adapters import is_adapted, save_adapter
 from whence.pretrained.kinds import need, quiet
@@ -26,6 +27,8 @@ from whence.recipes.asked import asker, encoder, generator
 from whence.recipes.base import Recipe
 from whence.recipes.family import Family
 from whence.recipes.pieces import pieces
+from whence.recipes.prompted import Prompted, groups_of
+from whence.recipes.record import RECORD, check_unchanged, known, lasting, read_record, to_record
 from whence.recipes.retraining import START, Retraining
 from whence.recipes.rows import DATA_VARIABLE, Row
 from whence.recipes.settings import DataSettings, TrainingSettings, data_settings, to_json
@@ -35,11 +38,10 @@ from whence.recipes.training import Trained, freeze, snapshot_file, train_model
 from whence.recipes.unfinished import is_unfinished, unfinished
 from whence.runtime.device import resolve_device
 from whence.runtime.progress import Stages
-from whence.storage.run import explain_write_errors, fingerprint_model, read_json, write_json_atomic
+from whence.storage.run import explain_write_errors, fingerprint_model, write_json_atomic
 from whence.tasks import SequenceClassification
 
-RECORD, MOMENTS, SNAPSHOTS = "whence.json", "second_moments.safetensors", "snapshots"
-_WHICH_ROWS = ("task", "data", "train_file", "columns", "label", "max_train_rows")
+MOMENTS, SNAPSHOTS = "second_moments.safetensors", "snapshots"
 
 
 def train_recipe(
@@ -73,15 +75,7 @@ def train_recipe(
     goes_on = is_unfinished(folder) and not (folder / RECORD).is_file()
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not overwrite and not goes_on):
         raise ConfigError(f"{folder} is not empty. Give a new folder as --checkpoint-dir, or --overwrite to replace what is there.")
-    if not family.makes_rows:  # the variable may be another when the folder is opened again
-        data = replace(data, data=data.data or os.environ.get(DATA_VARIABLE) or None)
-    data = family.settled(data)
-    if training.model is None and training.preset is None:
-        training = replace(training, preset=family.start)
-    if training.architecture not in (None, *family.architectures):
-        known = " or ".join(family.architectures)
-        raise ConfigError(f"architecture={training.architecture!r} is no small model of the recipe {family.name}; choose {known}.")
-    training = training.over(family.defaults(data, training.preset))
+    data, training = _settled(family, data, training)
     raw = read_train(family, data)
     model, tokenizer = make_start(family, raw, data, training)
     training = settle_lora(training, model)
@@ -100,16 +94,43 @@ def train_recipe(
         _save(folder, model, tokenizer)
         with explain_write_errors(folder):
             _keep(folder, trained)
-            record = _to_record(family, data, training, trained, len(rows))
+            record = to_record(family, data, training, trained, len(rows))
             write_json_atomic(folder / RECORD, record | {"train_fingerprint": fingerprint})
     return open_finetuned(family, folder, DataSettings())
+
+
+def _settled(family: Family, data: DataSettings, training: TrainingSettings) -> tuple[DataSettings, TrainingSettings]:
+    """Fill in what is not said.
+
+    Raises:
+        ConfigError: the family does not know something that is said.
+    """
+    if not family.makes_rows:  # the variable may be another when the folder is opened again
+        data = replace(data, data=data.data or os.environ.get(DATA_VARIABLE) or None)
+    data = family.settled(data)
+    if training.model is None and training.preset is None:
+        training = replace(training, preset=family.start)
+    if training.architecture not in (None, *family.architectures):
+        known = " or ".join(family.architectures)
+        raise ConfigError(f"architecture={training.architecture!r} is no small model of the recipe {family.name}; choose {known}.")
+    return data, training.over(family.defaults(data, training.preset))
+
+
+def is_trained(family: Family, folder: Path, data: DataSettings, training: TrainingSettings) -> bool:
+    """Return whether a folder holds a model that was trained with what is said in these settings."""
+    record = read_record(family, folder)
+    if record is None:
+        return False
+    data, training = _settled(family, data, training)
+    asked = json.loads(json.dumps({"data": lasting(data), "training": to_json(training)}))
+    return all(record[part].get(name) == value for part, values in asked.items() for name, value in values.items() if value is not None)
 
 
 def _made_of(family: Family, data: DataSettings, training: TrainingSettings) -> dict[str, Any]:
     """Return the settings and versions that a training depends on, by name."""
     packages = ("torch", "transformers", "accelerate", *(() if training.lora_rank is None else ("peft",)))
     versions = {name: need(name).__version__ for name in packages}
-    return {"recipe": family.name, **_lasting(data), **to_json(training), **versions}
+    return {"recipe": family.name, **lasting(data), **to_json(training), **versions}
 
 
 def _save(folder: Path, model: Any, tokenizer: Any) -> None:
@@ -143,9 +164,9 @@ def open_finetuned(family: Family, checkpoint_dir: str | Path | None, data: Data
             f"whence train {family.name} --checkpoint-dir DIR makes one."
         )
     folder = Path(checkpoint_dir)
-    record = _record(family, folder)
+    record = read_record(family, folder)
     if record is not None:
-        recorded = DataSettings(**_known(DataSettings, record["data"]))
+        recorded = DataSettings(**known(DataSettings, record["data"]))
         if data.flip is not None and data.flip != (recorded.flip or 0):
             raise ConfigError(
                 f"flip={data.flip}: {folder} was trained with flip={recorded.flip or 0}. Leave it out, or train again with it."
@@ -156,11 +177,11 @@ def open_finetuned(family: Family, checkpoint_dir: str | Path | None, data: Data
         model, _, collate = open_pretrained(checkpoint_dir, task=task_of(family, data))
     task = task_of(family, data, model.config)
     tokenizer = need("transformers").AutoTokenizer.from_pretrained(checkpoint_dir)
-    training = None if record is None else TrainingSettings(**_known(TrainingSettings, record["training"]))
+    training = None if record is None else TrainingSettings(**known(TrainingSettings, record["training"]))
     raw = read_train(family, data)
     if record is not None and training is not None:
         freeze(model, training.freeze)
-        _check_unchanged(family, folder, data, raw, record)
+        check_unchanged(family, folder, data, raw, record)
     train = encode_train(family, data, tokenizer, model.config, raw, 0 if training is None else training.seed)
     queries = read_queries(family, data, tokenizer, model.config)
     encode = encoder(family, model, tokenizer, collate, data)
@@ -183,9 +204,21 @@ def open_finetuned(family: Family, checkpoint_dir: str | Path | None, data: Data
     config: Any = model.config
     if isinstance(task, SequenceClassification) and config.num_labels > 1:
         recipe.classes, recipe.query_classes = (torch.tensor([row["labels"] for row in rows]) for rows in (recipe.train, recipe.queries))
+    _sort(recipe, family, tokenizer, data, train.raw, queries.raw)
     if record is not None and training is not None:
         _remember(recipe, family, folder, data, training, record)
     return recipe
+
+
+def _sort(recipe: Recipe, family: Family, tokenizer: Any, data: DataSettings, train: list[Row], queries: list[Row]) -> None:
+    """Say which group every row is of, and what every query chooses from."""
+    config: Any = recipe.model.config
+    if isinstance(family, Prompted) or data.group is not None:
+        recipe.groups, recipe.query_groups = groups_of(train, data.group), groups_of(queries, data.group)
+    if isinstance(family, Prompted):
+        recipe.options = family.options(tokenizer, config, queries, data)
+        if config.is_encoder_decoder:  # tokens of the answer are not those of the prompt
+            recipe.tokens = None
 
 
 def _remember(
@@ -201,45 +234,14 @@ def _remember(
 
 
 def _run_name(family: Family, folder: Path) -> str:
-    """Name the run folder after the checkpoint folder, since a task has many."""
-    return re.sub(r"[^A-Za-z0-9._-]", "-", f"{family.name}-{folder.resolve().name}")
+    """Name the run folder after the checkpoint folder, since a task has many; one of several runs also after theirs."""
+    place = folder.resolve()
+    name = f"{place.parent.name}-{place.name}" if re.fullmatch(r"run-\d+", place.name) else place.name
+    return re.sub(r"[^A-Za-z0-9._-]", "-", f"{family.name}-{name}")
 
 
 def _text(row: Row) -> str:
     return str(row["text"])
-
-
-def _record(family: Family, folder: Path) -> dict[str, Any] | None:
-    """Return what `train_recipe` wrote; None for a folder of your own."""
-    if not (folder / RECORD).is_file():
-        if (folder / START).is_dir():
-            verb = f"whence train {family.name}"
-            again = f"Go on with it: the same {verb} ..." if is_unfinished(folder) else f"Train again: {verb} --overwrite ..."
-            raise ConfigError(f"{folder} is of a training that did not end. {again}")
-        return None
-    record: dict[str, Any] = read_json(folder / RECORD)
-    if record.get("recipe") != family.name:
-        raise ConfigError(f"{folder} was trained by the recipe {record.get('recipe')!r}, not {family.name!r}. Name that recipe.")
-    return record
-
-
-def _check_unchanged(family: Family, folder: Path, data: DataSettings, raw: list[Row], record: dict[str, Any]) -> None:
-    """Check that the rows are still those of the training, where the same are asked for and it is known which they were."""
-    expected, recorded = record.get("train_fingerprint"), family.settled(DataSettings(**_known(DataSettings, record["data"])))
-    same = all(_lasting(data)[name] == _lasting(recorded)[name] for name in _WHICH_ROWS)
-    if expected is None or not same or fingerprint_raw(family, data, raw) == expected:
-        return
-    origin = data.train_file or data.data or family.source(data).hub
-    raise DataError(
-        f"the training rows of {origin} are not those that {folder} was trained on: they were changed since. Restore them, "
-        f"or train again: whence train {family.name} --checkpoint-dir {folder} --overwrite ..."
-    )
-
-
-def _known(kind: type[DataSettings] | type[TrainingSettings], values: dict[str, Any]) -> dict[str, Any]:
-    """Return the values of fields, JSON's lists as tuples."""
-    names = {field.name for field in fields(kind)}
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items() if name in names}
 
 
 def _keep(folder: Path, trained: Trained) -> None:
@@ -247,23 +249,3 @@ def _keep(folder: Path, trained: Trained) -> None:
     (folder / SNAPSHOTS).mkdir(exist_ok=True)
     for snapshot in trained.snapshots:
         safetensors.torch.save_file(snapshot.state, folder / SNAPSHOTS / snapshot_file(snapshot.step))
-
-
-def _lasting(data: DataSettings) -> dict[str, Any]:
-    """Return the settings as JSON values, with paths that are found from another folder too."""
-    settings = to_json(data)
-    for name in ("data", "train_file"):
-        path = settings[name]
-        settings[name] = str(Path(path).resolve()) if path is not None and Path(path).exists() else path
-    return settings
-
-
-def _to_record(family: Family, data: DataSettings, training: TrainingSettings, trained: Trained, rows: int) -> dict[str, Any]:
-    return {
-        "recipe": family.name,
-        "data": _lasting(data),
-        "training": to_json(training),
-        "training_time": trained.time,
-        "train_rows": rows,
-        "snapshots": [{"file": snapshot_file(s.step), "step": s.step, "time": s.time} for s in trained.snapshots],
-    }

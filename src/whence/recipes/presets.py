@@ -50,7 +50,7 @@ def _t5(layers: int, width: int, length: int, common: dict[str, Any]) -> Any:
     from transformers import T5Config
 
     end = common["eos_token_id"]
-    return T5Config(
+    config = T5Config(
         d_model=width,
         d_kv=32,
         d_ff=4 * width,
@@ -59,9 +59,10 @@ def _t5(layers: int, width: int, length: int, common: dict[str, Any]) -> Any:
         num_heads=width // 32,
         feed_forward_proj="gated-gelu",  # as of FLAN-T5
         pad_token_id=end,
-        decoder_start_token_id=end,
         **common,
     )
+    config.decoder_start_token_id = end
+    return config
 
 
 _CONFIGURATIONS: dict[str, Callable[[int, int, int, dict[str, Any]], Any]] = {

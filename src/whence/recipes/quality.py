@@ -10,19 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from whence.recipes.answers import right_options
 from whence.recipes.base import Recipe
 from whence.runtime.batches import iterate_batches
 from whence.runtime.device import resolve_device
 from whence.runtime.progress import Stages
-from whence.tasks import CausalLM, MultipleChoice, SequenceClassification
+from whence.tasks import CausalLM, MultipleChoice, Seq2SeqLM, SequenceClassification
 from whence.tasks.hugging_face import HuggingFaceTask
 from whence.tasks.likelihoods import IGNORE, Categorical
 
 _BATCH = 32
+_LANGUAGE = (CausalLM, Seq2SeqLM)
 
 
 def quality(recipe: Recipe, *, stages: Stages | None = None) -> dict[str, float]:
     """Return the accuracy of a classifier, the perplexity of a language model, else the mean loss, over the recipe's queries.
+
+    Of a language model whose queries have options also how often it prefers the right one.
 
     A model on the CPU goes to a GPU for it, if there is one, and back.
     """
@@ -40,8 +44,9 @@ def quality(recipe: Recipe, *, stages: Stages | None = None) -> dict[str, float]
             advance(len(batch.ids))
     losses, right, tokens = (torch.cat(column) for column in zip(*parts, strict=True))
     found = {"queries": float(len(losses)), "loss": float(losses.sum() / tokens.sum())}
-    if isinstance(recipe.task, CausalLM):
-        return found | {"perplexity": math.exp(min(found["loss"], 700.0))}
+    if isinstance(recipe.task, _LANGUAGE):
+        chosen = {} if recipe.options is None else {"option_accuracy": float(right_options(recipe).double().mean())}
+        return found | {"perplexity": math.exp(min(found["loss"], 700.0))} | chosen
     return found | ({} if torch.isnan(right).any() else {"accuracy": float(right.mean())})
 
 
@@ -57,7 +62,7 @@ def _on_fast_device(model: nn.Module) -> Iterator[None]:
 
 def tokens_of(recipe: Recipe, rows: Sequence[Any]) -> Tensor:
     """Return how many tokens each row's loss is a sum over, float64 `[row]`; 1 for what is not a language model."""
-    if not isinstance(recipe.task, CausalLM):
+    if not isinstance(recipe.task, _LANGUAGE):
         return torch.ones(len(rows), dtype=torch.float64)
     assert recipe.collate is not None  # every recipe of language models has one
     return _counted(recipe.task.targets(recipe.collate(list(rows))))
@@ -77,4 +82,4 @@ def _of_batch(recipe: Recipe, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
     right = torch.full_like(losses, math.nan)
     if isinstance(task, SequenceClassification | MultipleChoice) and isinstance(likelihood, Categorical):
         right = (output.argmax(-1) == labels).double().cpu()
-    return losses, right, _counted(labels) if isinstance(task, CausalLM) else torch.ones_like(losses)
+    return losses, right, _counted(labels) if isinstance(task, _LANGUAGE) else torch.ones_like(losses)

@@ -28,14 +28,17 @@ class Source:
     Attributes:
         folder: its name within a folder of data sets, such as the one that `WHENCE_DATA` names.
         hub, config: its name and configuration on the Hugging Face hub.
-        validation: the split of the hub that queries come from.
+        train, validation: the splits of the hub that training rows and queries come from.
+        unfold: makes the rows of a split of those that were read, such as several of a question with several answers.
         made: gives the rows of a split that are made on this machine and read from nowhere; `hub` names them for people.
     """
 
     folder: str
     hub: str
     config: str | None = None
+    train: str = "train"
     validation: str = "validation"
+    unfold: Callable[[list[Row], str], list[Row]] | None = None
     made: Callable[[str], list[Row]] | None = None
 
 
@@ -61,6 +64,7 @@ def read_split(source: Source, data: str | None, split: str, *, limit: int | Non
     else:
         folder = _folder(source, data)
         rows = _from_hub(source, data, split, limit) if folder is None else _from_folder(folder, source, split)
+    rows = rows if source.unfold is None else source.unfold(rows, split)
     rows = rows[:limit]
     if not rows:
         raise DataError(f"the split {split!r} of {file or data or source.hub} has no rows. Give a data set with at least one.")
@@ -150,7 +154,9 @@ def _from_folder(folder: Path, source: Source, split: str) -> list[Row]:
 def _from_hub(source: Source, data: str | None, split: str, limit: int | None) -> list[Row]:
     datasets = need("datasets")
     name, config = (source.hub, source.config) if data in (None, source.hub) else (data, None)
-    wanted = "train" if split == "train" else source.validation
+    wanted = source.train if split == "train" else source.validation
+    if name != source.hub and "[" in wanted:
+        wanted = split  # a slice is of the data set that it was chosen for
     try:
         loaded = datasets.load_dataset(name, config, split=wanted)
     except Exception as error:

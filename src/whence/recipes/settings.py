@@ -19,7 +19,8 @@ class DataSettings:
     """Which rows, and how they become tokens. None: as at training, else the recipe's own choice."""
 
     task: str | None = None
-    """Which task of the recipe, for example rte; glue: sst2, cola, mrpc, qqp, stsb, mnli, qnli, rte, wnli; swag: swag or hellaswag."""
+    """Which task of the recipe, for example rte; glue: sst2, cola, mrpc, qqp, stsb, mnli, qnli, rte, wnli; swag: swag or hellaswag;
+    instruct: alpaca, flan_cot or a folder's name; cot: strategy_qa, commonsense_qa or a folder's name."""
 
     data: str | None = None
     """Folder with train and validation files (or of several data sets), or a name on the Hugging Face hub."""
@@ -28,7 +29,8 @@ class DataSettings:
     """File of training rows, instead of the data set's own (parquet, JSON lines, CSV or text)."""
 
     columns: tuple[str, ...] | None = None
-    """Columns of the text, for data of your own: one or two for glue, the one of the text for wikitext and stdlib."""
+    """Columns of the text, for data of your own: one or two for glue, the one of the text for wikitext and stdlib, prompt and
+    answer for instruct."""
 
     label: str | None = None
     """Column of the label, for data of your own."""
@@ -41,6 +43,10 @@ class DataSettings:
 
     max_query_rows: int | None = None
     """Take only the first validation rows as queries."""
+
+    group: str | None = None
+    """Column of the source, task or skill that a row is of. Default for instruct and cot: the first there is of skill, _task_name,
+    task_name, task, source, dataset, category."""
 
     flip: float | None = None
     """Share of the training labels to replace by a wrong one, to be found again."""
