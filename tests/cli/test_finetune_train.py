@@ -55,6 +55,26 @@ def test_train_takes_all_its_options(run: Any, here: Path, place: Place) -> None
     assert found.flipped.sum() == 4
 
 
+def test_train_several_runs_of_adapters(run: Any, here: Path, place: Place) -> None:
+    pytest.importorskip("peft")
+    options = ["--data", place.data, "--max-length", 48, *TINY, "--lora-rank", 2, "--lora-targets", "q,v", "--snapshots", 1]
+    options += ["--task", "strategy_qa", "--group", "answer", "--architecture", "t5"]
+    result = done(run, "train", "cot", *options, "--runs", 2, "--json")
+    folders = [f"checkpoints/cot/run-{number}" for number in range(2)]
+    assert [one["checkpoint_dir"] for one in result.data["runs"]] == folders
+    assert result.data["checkpoint_dir"] == "checkpoints/cot"
+    for one, folder in zip(result.data["runs"], folders, strict=True):
+        assert 0 <= one["option_accuracy"] <= 1
+        found = load_recipe("cot", checkpoint_dir=here / folder)
+        assert found.name == one["recipe"]
+        assert set(found.groups or ()) == {"True", "False"}
+        names = {name.split(".lora_")[0].rpartition(".")[2] for name, p in found.model.named_parameters() if p.requires_grad}
+        assert names == {"q", "v"}
+    text = done(run, "train", "cot", *options, "--runs", 2).out
+    assert text.count("checkpoint dir") == 2, "what has ended is kept"
+    assert "Give lora_rank too." in refused(run, "train", "cot", "--data", place.data, "--preset", "tiny", "--lora-alpha", 4)
+
+
 def test_train_on_data_of_ones_own(run: Any, here: Path) -> None:
     for split, count in (("train", 12), ("validation", 4)):
         rows = [{"words": f"word {n}", "more": "again", "kind": ["ash", "oak", "elm"][n % 3]} for n in range(count)]

@@ -17,7 +17,7 @@ from whence.recipes.settings import DataSettings, TrainingSettings
 pytest.importorskip("transformers")
 
 
-@pytest.mark.parametrize("name", ["sst2", "swag", "wikitext"])
+@pytest.mark.parametrize("name", ["sst2", "swag", "wikitext", "alpaca", "commonsense"])
 def test_the_shown_text_has_no_padding(checkpoint: Callable[[str], Path], name: str) -> None:
     recipe: Recipe = load_recipe(finetuned.SETTINGS[name][0], checkpoint_dir=checkpoint(name))
     assert recipe.describe is not None
@@ -28,7 +28,7 @@ def test_the_shown_text_has_no_padding(checkpoint: Callable[[str], Path], name: 
             assert token not in text
 
 
-@pytest.mark.parametrize("name", ["sst2", "swag", "wikitext"])
+@pytest.mark.parametrize("name", ["sst2", "swag", "wikitext", "alpaca", "commonsense"])
 def test_fewer_queries_are_the_first_ones(checkpoint: Callable[[str], Path], name: str) -> None:
     recipe, folder = finetuned.SETTINGS[name][0], checkpoint(name)
     every, some = load_recipe(recipe, checkpoint_dir=folder), load_recipe(recipe, checkpoint_dir=folder, max_query_rows=3)
@@ -51,7 +51,7 @@ def test_rows_longer_than_the_model_are_refused(data: Path, tmp_path: Path, reci
 def test_every_setting_is_filled_in(recipe: str) -> None:
     family = FAMILIES[recipe]
     data = family.settled(DataSettings())
-    assert None not in (data.task, data.columns if recipe != "swag" else (), data.max_length, data.measurement)
+    assert None not in (data.task, data.columns if recipe not in ("swag", "instruct", "cot") else (), data.max_length, data.measurement)
     for preset in (None, "tiny", "mini", "small"):
         training = TrainingSettings(preset=preset).over(family.defaults(data, preset))  # type: ignore[arg-type]
         assert (training.model is None) == (preset is not None or family.start is not None)

@@ -201,9 +201,6 @@ def open_finetuned(family: Family, checkpoint_dir: str | Path | None, data: Data
         raw=train.raw,
         flipped=train.flipped,
     )
-    config: Any = model.config
-    if isinstance(task, SequenceClassification) and config.num_labels > 1:
-        recipe.classes, recipe.query_classes = (torch.tensor([row["labels"] for row in rows]) for rows in (recipe.train, recipe.queries))
     _sort(recipe, family, tokenizer, data, train.raw, queries.raw)
     if record is not None and training is not None:
         _remember(recipe, family, folder, data, training, record)
@@ -211,8 +208,10 @@ def open_finetuned(family: Family, checkpoint_dir: str | Path | None, data: Data
 
 
 def _sort(recipe: Recipe, family: Family, tokenizer: Any, data: DataSettings, train: list[Row], queries: list[Row]) -> None:
-    """Say which group every row is of, and what every query chooses from."""
+    """Say which class and group every row is of, and what every query chooses from."""
     config: Any = recipe.model.config
+    if isinstance(recipe.task, SequenceClassification) and config.num_labels > 1:
+        recipe.classes, recipe.query_classes = (torch.tensor([row["labels"] for row in rows]) for rows in (recipe.train, recipe.queries))
     if isinstance(family, Prompted) or data.group is not None:
         recipe.groups, recipe.query_groups = groups_of(train, data.group), groups_of(queries, data.group)
     if isinstance(family, Prompted):

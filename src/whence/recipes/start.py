@@ -80,6 +80,8 @@ def load_start(family: Family, folder: Path, training: TrainingSettings) -> Any:
 
 def _pretrained(transformers: Any, family: Family, head: dict[str, Any], training: TrainingSettings) -> tuple[Any, Any]:
     name = str(training.model)
+    if (Path(name) / "adapter_config.json").is_file():
+        raise ConfigError(f"{name} holds adapters, and no model to start from. Give the model that they are for as --model: {name}/start.")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         config = transformers.AutoConfig.from_pretrained(name)
