@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,13 @@ import torch
 from torch import Tensor
 
 import finetuned
-from finetuned import Checkpoint, opened, own, started
+from finetuned import Checkpoint, opened, own, procedure_of, started
 from whence.errors import ConfigError, DataError
 from whence.recipes.answers import option_losses, parse_answer, right_by_losses, right_by_saying, right_options, said_answers
 from whence.recipes.base import Options
 from whence.recipes.cot import ChainOfThought
 from whence.recipes.quality import quality
-from whence.recipes.settings import DataSettings
+from whence.recipes.settings import DataSettings, TrainingSettings
 from whence.tasks.likelihoods import IGNORE
 
 pytest.importorskip("transformers")
@@ -65,6 +66,9 @@ def test_every_rationale_is_a_training_row(tmp_path: Path) -> None:
     assert len(train.raw) == 4, "raw rows stand beside training rows"
     assert [row["question"] for row in queries.encoded] == ["q1", "q2"], "a query is a question"
     assert queries.encoded[0]["answer"] == "no"
+    nameless = [{key: value for key, value in row.items() if key != "qid"} for row in rows]
+    _, _, train, _, _ = started("cot", data=own(tmp_path, nameless, nameless))
+    assert [row["question"] for row in train.encoded] == ["0", "0", "0", "1"]
 
 
 @pytest.mark.parametrize("name", ["strategy", "commonsense"])
@@ -112,6 +116,22 @@ def test_option_losses_are_those_of_one_row_at_a_time(data: Path, tmp_path: Path
         mine = recipe.options.query == number
         assert bool(right[number]) == bool(recipe.options.gold[mine][found[mine].argmin()])
     assert quality(recipe)["option_accuracy"] == pytest.approx(float(right.double().mean()))
+
+
+def test_retraining_measures_options_too(data: Path, tmp_path: Path, checkpoint: Checkpoint) -> None:
+    pytest.importorskip("peft")
+    recipe = finetuned.trained("strategy", data, tmp_path / "model", lora_rank=2)
+    assert recipe.options is not None
+    assert recipe.collate is not None
+    plain, both = procedure_of(recipe), replace(procedure_of(recipe), with_options=True)
+    assert plain.key != both.key
+    every = range(len(recipe.train))
+    found = both(every, TrainingSettings().seed)
+    wanted = torch.cat([finetuned.measured(recipe), option_losses(recipe.model, recipe.options, recipe.collate)])
+    assert torch.equal(found, wanted)
+    assert torch.equal(plain(every, TrainingSettings().seed), found[: len(recipe.queries)])
+    with pytest.raises(ConfigError, match=r"choose from no options; leave it out\."):
+        replace(procedure_of(opened("alpaca", checkpoint("alpaca"))), with_options=True)([0, 1], 1)
 
 
 def test_the_least_loss_is_preferred_and_a_tie_is_wrong() -> None:

@@ -160,9 +160,8 @@ def test_a_folder_opens_again_and_asks(checkpoint: Checkpoint, name: str) -> Non
     assert recipe.raw is not None
     assert len(recipe.raw) == len(recipe.train) == finetuned.TRAIN
     assert recipe.encode is not None
-    assert recipe.encode(
-        finetuned.rows_of(str(FAMILIES[finetuned.SETTINGS[name][0]].source(procedure_of(recipe).data).folder), "train")[0]
-    )["labels"] == list(recipe.train[0]["labels"])
+    asked = recipe.encode(recipe.raw[1])
+    assert (asked["input_ids"], asked["labels"]) == (recipe.train[1]["input_ids"], recipe.train[1]["labels"])
     assert recipe.ask is not None
     assert "labels" not in recipe.ask("The film is good, is it?")
     assert recipe.generate is not None

@@ -26,13 +26,19 @@ from whence.recipes.settings import DataSettings, PresetName
 
 STEM = "The answer is"
 _EXPECTED = "Expected question, rationale (a text or a list), answer, and choices with answerKey where there are some."
+_IDS = ("qid", "id")
 _TRUTH = {True: "yes", False: "no"}
 
 
 def unfold(rows: list[Row], split: str) -> list[Row]:
-    """Return a row for every rationale of a question in the training split; of other questions the first rationale."""
-    found = []
-    for row in rows:
+    """Return a row for every rationale of a question in the training split; of other questions the first rationale.
+
+    A question without an id is named by its number among those that were read.
+    """
+    found: list[Row] = []
+    for number, read in enumerate(rows):
+        named = any(read.get(key) is not None for key in _IDS)
+        row = read if named else {**read, "id": str(number)}
         rationales = row.get("rationale", row.get("rationales"))
         if not isinstance(rationales, list):
             found.append(row)
@@ -81,7 +87,7 @@ class ChainOfThought(Prompted):
     def pair(self, row: Row, number: int, data: DataSettings) -> Pair:
         """Return the question, and the rationale with the answer; the row gets the question's id and the answer."""
         answer = _answer(row, number)
-        name = next((str(row[key]) for key in ("qid", "id") if row.get(key) is not None), str(number))
+        name = next((str(row[key]) for key in _IDS if row.get(key) is not None), str(number))
         said = f"{_rationale(row, number)}\n{STEM} {answer}."
         return Pair(prompt=_question(row, number), answer=said, more={"question": name, "answer": answer})
 

@@ -13,8 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from whence.errors import ConfigError
 from whence.pretrained.kinds import need
+from whence.recipes.answers import option_losses
+from whence.recipes.base import Options
 from whence.recipes.family import Family
+from whence.recipes.prompted import Prompted
 from whence.recipes.rows import Row
 from whence.recipes.settings import DataSettings, TrainingSettings, to_json
 from whence.recipes.splits import collate_of, read_splits, task_of
@@ -38,6 +42,7 @@ class Retraining:
         family: the recipe.
         folder: the checkpoint folder.
         data, training: of the fine-tune.
+        with_options: return, behind the measurements of the queries, the mean loss per token of every option of theirs.
         train, queries: rows as they were when the folder was opened, encoded; not sent to other processes.
     """
 
@@ -45,6 +50,7 @@ class Retraining:
     folder: str
     data: DataSettings
     training: TrainingSettings
+    with_options: bool = False
     train: Sequence[Row] = field(repr=False, compare=False)
     queries: Sequence[Row] = field(repr=False, compare=False)
 
@@ -68,6 +74,8 @@ class Retraining:
         }
         if self.training.lora_rank is not None:  # new adapters are made, not read
             parts |= {"adapters": self.training.seed, "peft": need("peft").__version__}
+        if self.with_options:
+            parts["options"] = True
         return json.dumps(parts, sort_keys=True)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -75,12 +83,20 @@ class Retraining:
         return {**vars(self), "key": self.key, "train": (), "queries": ()}
 
     def __call__(self, rows: Sequence[int], seed: int) -> Tensor:
-        """Train from the saved start on these training rows; return the measurements `[query]`."""
+        """Train from the saved start on these training rows; return the measurements `[query]`, and the losses of options.
+
+        Raises:
+            ConfigError: options are asked for, and the queries have none.
+        """
         prepared = _prepared(self, self.key)
         model = load_start(self.family, Path(self.folder) / START, self.training)
         collate = collate_of(self.family, model, prepared.tokenizer)
         train_model(model, [prepared.train[row] for row in rows], collate, self.training, seed=seed)
-        return measure(model, prepared.task, prepared.queries, collate, int(self.training.eval_batch_size or 1))
+        found = measure(model, prepared.task, prepared.queries, collate, int(self.training.eval_batch_size or 1))
+        if not self.with_options:
+            return found
+        assert prepared.options is not None  # _prepared asks for them
+        return torch.cat([found, option_losses(model, prepared.options, collate)])
 
 
 def _config(start: Path) -> str:
@@ -97,6 +113,7 @@ class _Prepared:
     tokenizer: Any
     train: list[Row]
     queries: list[Row]
+    options: Options | None
 
 
 @lru_cache(maxsize=1)
@@ -106,4 +123,7 @@ def _prepared(procedure: Retraining, key: str) -> _Prepared:
     transformers = need("transformers")
     tokenizer, config = transformers.AutoTokenizer.from_pretrained(start), transformers.AutoConfig.from_pretrained(start)
     train, queries = read_splits(family, data, tokenizer, config, procedure.training.seed)
-    return _Prepared(task=task_of(family, data, config), tokenizer=tokenizer, train=train.encoded, queries=queries.encoded)
+    options = family.options(tokenizer, config, queries.raw, data) if procedure.with_options and isinstance(family, Prompted) else None
+    if procedure.with_options and options is None:
+        raise ConfigError(f"with_options: the queries of {procedure.folder} choose from no options; leave it out.")
+    return _Prepared(task=task_of(family, data, config), tokenizer=tokenizer, train=train.encoded, queries=queries.encoded, options=options)
