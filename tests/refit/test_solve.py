@@ -85,8 +85,12 @@ def test_squared_loss_is_ridge_regression() -> None:
 
 @pytest.mark.parametrize("loss", ["logistic", "squared"])
 @pytest.mark.parametrize("per_example", [False, True])
+@pytest.mark.parametrize("grams_pay", [False, True])
 @pytest.mark.parametrize(("centre", "spread", "ridge"), [(0.0, 1.0, 1.0), (-6.0, 3.0, 0.01), (8.0, 3.0, 0.001)])
-def test_many_at_once_equals_one_by_one(loss: str, per_example: bool, centre: float, spread: float, ridge: float) -> None:
+def test_many_at_once_equals_one_by_one(
+    loss: str, per_example: bool, grams_pay: bool, centre: float, spread: float, ridge: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(solve, "_grams_pay", lambda *_: grams_pay)
     linear = drawn(examples=60, centre=centre, spread=spread)
     groups = torch.randint(0, 9, (60,))
     members = torch.rand(40, 9)
@@ -166,7 +170,9 @@ def test_blocks_and_grams_that_are_not_held_change_nothing(monkeypatch: pytest.M
     whole = refit_groups(linear, groups, members, options)
     monkeypatch.setattr(solve, "_ROWS", 3 * linear.rows)
     monkeypatch.setattr(grams, "_BYTES", 0)
-    np.testing.assert_allclose(refit_groups(linear, groups, members, options).w, whole.w, atol=1e-8)
+    for pays in (True, False):
+        monkeypatch.setattr(solve, "_grams_pay", lambda *_, pays=pays: pays)
+        np.testing.assert_allclose(refit_groups(linear, groups, members, options).w, whole.w, atol=1e-8)
 
 
 def test_a_given_number_of_steps_comes_nearer_and_never_goes_up() -> None:

@@ -139,7 +139,7 @@ def _search(part: Objectives, w: Tensor, outputs: Tensor, direction: Tensor, slo
         here = (rises * row_slope(there, part.loss)).sum(1) + along + length * square
         good = here.abs() <= 0.05 * slope.abs()
         if good.all():
-            break
+            return length, there
         low, high = torch.where(here < 0, length, low), torch.where(here > 0, length, high)
         bend = (rises * rise * row_curvature(there, part.loss)).sum(1) + square
         trial = length - here / bend
@@ -150,4 +150,4 @@ def _search(part: Objectives, w: Tensor, outputs: Tensor, direction: Tensor, slo
     # Near the lowest point values differ by rounding alone, while slopes still tell; `low` is 0 or still downhill.
     worse = part.value(w + length[:, None] * direction, there) > part.value(w, outputs) * (1 + 1e-12)
     length = torch.where(worse, low, length)
-    return length, torch.where(worse[:, None], outputs + length[:, None] * rise, there)
+    return length, outputs + length[:, None] * rise

@@ -1,6 +1,6 @@
 """Curvature of thousands of subsets of groups: sums of the groups' Gram matrices, factored some subsets at a time.
 
-A group's Gram matrix is `sum of weight * loss''(f0) z z^T` over its rows: the curvature of its loss at `w = 0`. Subset `s` of M
+A group's Gram matrix is `sum of weight * loss''(f) z z^T` over its rows: the curvature of its loss where the outputs are f. Subset `s` of M
 has the sum `sum over groups of s[g] Gram[g] + lambda I`: one product `[subsets, groups] @ [groups, k^2]`, 2 M G k^2 operations,
 and M k^3 / 3 for the Cholesky factors. Both in float32: the factors shape steps whose gradients are exact (`descent`).
 """
@@ -28,15 +28,15 @@ class Grams:
         groups: int64 `[example]`.
         count: how many groups.
         loss: whose curvature.
-        limit: bytes that the matrices may take; None: 512 MiB.
+        outputs: where, `[row]`; `linear.outputs` are those at `w = 0`.
     """
 
-    def __init__(self, linear: Linearised, groups: Tensor, count: int, loss: Loss, *, limit: int | None = None) -> None:
+    def __init__(self, linear: Linearised, groups: Tensor, count: int, loss: Loss, outputs: Tensor) -> None:
         self.dimensions, self.count = linear.dimensions, count
         self._row_groups = groups[linear.example]
-        bend = linear.weights.double() * row_curvature(linear.outputs.double(), loss)
+        bend = linear.weights.double() * row_curvature(outputs.double(), loss)
         self._rows = (linear.gradients.double() * bend.sqrt()[:, None]).float()
-        self.held = 4 * count * self.dimensions**2 <= (_BYTES if limit is None else limit)
+        self.held = 4 * count * self.dimensions**2 <= _BYTES
         self._grams = self._all_grams() if self.held else None
 
     def _all_grams(self) -> Tensor:
@@ -100,8 +100,12 @@ def solver_of(factor: Tensor) -> Solver:
         inverse = torch.cholesky_inverse(factor)
         return lambda gradient, _: (gradient.to(inverse) @ inverse).to(gradient)
 
+    everyone = torch.arange(len(factor), device=factor.device)
+
     def solve(gradient: Tensor, active: Tensor) -> Tensor:
         # Not cholesky_solve: on the CPU it takes one batch entry at a time and is six times slower.
+        if 2 * len(active) > len(factor) > len(active):  # zeros are cheaper than a copy of most factors
+            return solve(torch.zeros(len(factor), factor.shape[1]).to(gradient).index_copy_(0, active, gradient), everyone)[active]
         own = factor if len(active) == len(factor) else factor[active]
         half = torch.linalg.solve_triangular(own, gradient.to(own)[:, :, None], upper=False)
         return torch.linalg.solve_triangular(own.mT, half, upper=True)[:, :, 0].to(gradient)

@@ -10,6 +10,9 @@ et al., 2023) and the influence function, and weights `1 - e_i` leave one out.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,8 +24,10 @@ from whence.refit.descent import Objectives, Solver, descend, newton_step
 from whence.refit.grams import Grams, factored, solver_of
 from whence.refit.linear import Linearised, Loss, check_loss, row_curvature
 
-_ROWS = 2**23
+_ROWS = 2**21
 """Outputs `[subset, row]` in float64 held at a time."""
+_CENTRED = 8
+"""From so many subsets on, the refit of their mean is done first, as the place to begin and to take the curvature at."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +41,7 @@ class RefitOptions:
         steps: 1: one undamped Newton step from `w = 0` (TRAK, influence). A greater number: so many steps, each with a line
             search. None: until converged.
         loss: of a row.
-        tolerance: of convergence: a subset's gradient, measured by the inverse curvature, over that at `w = 0`. It is the
+        tolerance: of convergence: a subset's gradient, measured by an inverse curvature, over that at `w = 0`. It is about the
             relative error of `w`.
         most_steps: where a subset that does not converge is given up; `Refit.converged` says so.
     """
@@ -116,7 +121,9 @@ def refit_groups(
 ) -> Refit:
     """Refit thousands of subsets of groups at once.
 
-    The curvature of a subset is the sum of its groups' Gram matrices at `w = 0`; gradients are exact (see `grams`, `descent`).
+    The curvature of a subset is the sum of its groups' Gram matrices, taken once (see `grams`): at `w = 0` where a number of steps
+    is given; otherwise at the refit of the mean of the subsets, where all begin. Where rows are few, one curvature, of that mean,
+    serves all subsets. Gradients are exact, so that all come to the same point (see `descent`).
 
     Args:
         linear: outputs and gradients of the training rows.
@@ -131,19 +138,50 @@ def refit_groups(
     members = _checked(members, members.shape[-1], "group").to(linear.gradients.device)
     groups = check_groups(groups, linear.examples, members.shape[1]).to(linear.gradients.device)
     reduced, basis = _span(linear)
-    grams = Grams(reduced, groups, members.shape[1], options.loss)
+    totals = members @ groups.bincount(minlength=members.shape[1]).double()
     if start is not None:
         start = start.to(basis).expand(len(members), -1) @ basis.T
-    sizes = groups.bincount(minlength=members.shape[1]).double()
-    found = []
-    size = max(1, min(grams.block, _ROWS // reduced.rows))
-    for first in range(0, len(members), size):
-        own = members[first : first + size]
-        ridge = options.ridges(own @ sizes)
-        problem = _problem(reduced, own[:, groups], ridge, options.loss)
-        found.append(_solved(problem, grams.solver(own, ridge), options, None if start is None else start[first : first + size]))
-    w, steps, converged = (torch.cat(parts) for parts in zip(*found, strict=True))
+    elif options.steps is None and len(members) >= _CENTRED:
+        start = _one(reduced, members.mean(0)[groups], options)[0].expand(len(members), -1)
+    else:
+        start = basis.new_zeros(len(members), reduced.dimensions)
+    start = start * (totals > 0)[:, None]  # that of an empty subset is where it stays
+    ridges = options.ridges(totals)
+    solver, size = _solvers(reduced, groups, members, ridges, start.mean(0), options)
+
+    def solved(part: slice) -> tuple[Tensor, Tensor, Tensor]:
+        problem = _problem(reduced, members[part][:, groups], ridges[part], options.loss)
+        return _solved(problem, solver(part), options, start[part])
+
+    parts = [slice(first, first + size) for first in range(0, len(members), size)]
+    with ThreadPoolExecutor(_workers(basis.device)) as pool:
+        found = list(pool.map(solved, parts))
+    w, steps, converged = (torch.cat(values) for values in zip(*found, strict=True))
     return Refit(w=w @ basis, steps=steps, converged=converged, options=options)
+
+
+def _solvers(
+    linear: Linearised, groups: Tensor, members: Tensor, ridges: Tensor, at: Tensor, options: RefitOptions
+) -> tuple[Callable[[slice], Solver], int]:
+    """Return what gives the solver of a block of subsets, with the curvature at `w` `[k]`, and how many subsets are a block."""
+    size = max(1, _ROWS // linear.rows)
+    if options.steps is None and not _grams_pay(linear, members):
+        middle = _problem(linear, members.mean(0)[None, groups], ridges.mean()[None], options.loss)
+        solve = _curvature(middle, middle.moved(at[None]), shared=True)
+        return lambda _: solve, size
+    grams = Grams(linear, groups, members.shape[1], options.loss, linear.moved(at))
+    return lambda part: grams.solver(members[part], ridges[part]), min(size, grams.block)
+
+
+def _grams_pay(linear: Linearised, members: Tensor) -> bool:
+    """Return whether a factor for each subset costs less than the about five more steps that one for all of them takes."""
+    k, groups = linear.dimensions, members.shape[1]
+    return 40 * linear.rows * k > 2 * groups * k**2 + k**3
+
+
+def _workers(device: torch.device) -> int:
+    """Return how many blocks of subsets are worked at together: one for each processor that torch leaves idle."""
+    return 1 if device.type != "cpu" else max(1, min(8, (os.cpu_count() or 1) // torch.get_num_threads()))
 
 
 def check_groups(groups: Tensor, examples: int, count: int) -> Tensor:
@@ -194,14 +232,12 @@ def _problem(linear: Linearised, example_weights: Tensor, ridge: Tensor, loss: L
     )
 
 
-def _solved(problem: Objectives, solve: Solver, options: RefitOptions, start: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return `w`, steps and whether converged of subsets whose curvature at 0 is given."""
+def _solved(problem: Objectives, solve: Solver, options: RefitOptions, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `w`, steps and whether converged of subsets whose curvature is given; with one step that at `w = 0`."""
     count = len(problem.shares)
     if options.steps == 1:
         w = newton_step(problem, solve, tolerance=options.tolerance)
         return w, torch.ones(count, dtype=torch.int64), torch.zeros(count, dtype=torch.bool)
-    if start is None:
-        start = problem.gradients.new_zeros(count, problem.gradients.shape[1])
     return descend(problem, solve, start, steps=options.steps or options.most_steps, tolerance=options.tolerance)
 
 
@@ -210,7 +246,7 @@ def _one(linear: Linearised, weights: Tensor, options: RefitOptions) -> tuple[Te
     problem = _problem(linear, weights[None], options.ridges(weights.sum()[None]), options.loss)
     solve = _curvature(problem, problem.outputs[None])
     if options.steps == 1:
-        return _solved(problem, solve, options)
+        return _solved(problem, solve, options, problem.gradients[:1])
     w = problem.gradients.new_zeros(1, linear.dimensions)
     everyone = torch.zeros(1, dtype=torch.int64, device=w.device)
     zero = problem.gradient(w, problem.outputs[None])
@@ -229,9 +265,10 @@ def _one(linear: Linearised, weights: Tensor, options: RefitOptions) -> tuple[Te
     return w, torch.tensor([taken]), torch.tensor([size <= enough])
 
 
-def _curvature(problem: Objectives, outputs: Tensor) -> Solver:
-    """Return what solves with the Hessian of the one objective at these outputs `[1, row]`."""
+def _curvature(problem: Objectives, outputs: Tensor, *, shared: bool = False) -> Solver:
+    """Return what solves with the Hessian of the one objective at these outputs `[1, row]`; `shared`: for other subsets too."""
     bend = problem.shares[0] * row_curvature(outputs[0], problem.loss)
     hessian = (problem.gradients * bend[:, None]).T @ problem.gradients
     hessian.diagonal().add_(problem.ridge)
-    return solver_of(factored(hessian)[None])
+    factor = factored(hessian)
+    return solver_of(factor if shared else factor[None])
