@@ -64,8 +64,8 @@ class Linearised:
         counts = self.example.bincount(minlength=self.examples)
         if len(counts) != self.examples or not counts.all():
             raise DataError(
-                f"{len(counts)} examples are named and {int((counts > 0).sum())} have rows, but examples={self.examples}; every example "
-                "needs a row. Leave examples without trained tokens out."
+                f"rows are of {int((counts > 0).sum())} examples, the last in place {int(self.example[-1])}, but examples={self.examples}; "
+                "every example needs a row. Leave examples without trained tokens out."
             )
         sums = torch.zeros(self.examples, dtype=torch.float64).index_add_(0, self.example, self.weights.double())
         if (self.weights < 0).any() or (wrong := (sums - 1).abs() > 1e-4).any():
