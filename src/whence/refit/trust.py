@@ -32,8 +32,6 @@ class Trust:
         r2: 1 - squared errors of the estimates / those of the mean predictor.
         rank_reliability: rank correlation of the measured means with those of as many new repeats; NaN with one repeat.
         allowed_r2: what r2 perfect estimates would have, given the noise of retraining; NaN with one repeat.
-        relative_spearman: spearman over `sqrt(rank_reliability)`; relative_r2: r2 over `allowed_r2`: the share of what retraining
-            noise allows; NaN where that is unknown or nothing.
         mean: what the mean predictor said, or NaN where every subset had the mean of the others.
         settings: whatever the estimates were made with, JSON.
     """
@@ -51,10 +49,18 @@ class Trust:
     r2: Estimate
     rank_reliability: float
     allowed_r2: float
-    relative_spearman: float
-    relative_r2: float
     mean: float
     settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def relative_spearman(self) -> float:
+        """The share of what retraining noise allows: spearman over `sqrt(rank_reliability)`; NaN where that is unknown or nothing."""
+        return self.spearman.value / math.sqrt(self.rank_reliability) if self.rank_reliability > 0 else math.nan
+
+    @property
+    def relative_r2(self) -> float:
+        """The share of what retraining noise allows: r2 over `allowed_r2`; NaN where that is unknown or nothing."""
+        return self.r2.value / self.allowed_r2 if self.allowed_r2 > 0 else math.nan
 
     @property
     def beats(self) -> bool:
@@ -95,7 +101,7 @@ class Trust:
     def to_json(self) -> dict[str, Any]:
         """Return JSON values, the verdict first; what there is not is null."""
         values: dict[str, Any] = {"verdict": self.verdict, "beats": self.beats}
-        for name in self.__dataclass_fields__:
+        for name in (*self.__dataclass_fields__, "relative_spearman", "relative_r2"):
             value = getattr(self, name)
             values[name] = value.to_json() if isinstance(value, Estimate) else value
             if isinstance(value, float) and not math.isfinite(value):
@@ -147,8 +153,6 @@ def trust(
     errors = [mean_estimate(row, resamples=resamples, seed=seed) for row in (guesses - truth).abs() / truth.abs()]
     left, right = dense_ranks(predicted[None]), dense_ranks(truth[None])
     spearman = float(rank_correlations(left, right)[0])
-    ranks = float(reliability(measured[:, :, None])[0])
-    allowed = _allowed(measured)
     return Trust(
         subsets=count,
         repeats=measured.shape[1],
@@ -161,10 +165,8 @@ def trust(
         gain=interval_of(min(rmse[1:]) ** 2 - rmse[0] ** 2, gains, queries=count),
         spearman=interval_of(spearman, _rank_samples(left, right, resamples, seed), queries=count),
         r2=interval_of(r2, ratios, queries=count),
-        rank_reliability=ranks,
-        allowed_r2=allowed,
-        relative_spearman=spearman / math.sqrt(ranks) if ranks > 0 else math.nan,
-        relative_r2=r2 / allowed if allowed > 0 else math.nan,
+        rank_reliability=float(reliability(measured[:, :, None])[0]),
+        allowed_r2=_allowed(measured),
         mean=math.nan if mean is None else float(mean),
         settings=dict(settings or {}),
     )
