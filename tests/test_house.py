@@ -33,6 +33,7 @@ ORDER = [
     "__init__",
     "checkpoints",
     "attributor",
+    "linearising",
     "indexing",
     "tokenwise",
     "plan",

@@ -22,7 +22,7 @@ from whence.index.claim import checked_ids
 from whence.index.encoding import Dtype
 from whence.index.index import Index
 from whence.index.projection import Kind, RowSettings
-from whence.indexing import IndexBench
+from whence.linearising import LinearBench
 from whence.plan.predict import make_plan
 from whence.plan.result import Plan
 from whence.pretrained import open_pretrained, open_trainer, training_time
@@ -37,7 +37,7 @@ CANDIDATES = tuple(Damping(relative=relative, scope=scope) for scope in SCOPES f
 """Dampings that a calibration tries, if it is not told which."""
 
 
-class Attributor(IndexBench):
+class Attributor(LinearBench):
     """Traces a trained model's behaviour to its training examples.
 
     Nothing of the model is replaced; hooks, frozen parameters and eval mode last for one call and are undone, also

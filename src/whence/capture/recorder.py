@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -139,16 +140,41 @@ class Recorder:
             if values.requires_grad:
                 with torch.enable_grad():
                     (values.sum() * self.loss_scale).backward()
-            # What is left had a call whose output reached no loss.
-            for name in list(now.pieces):
-                self._complete(name)
-            refuse_checkpointed(now.muted, now.finished)
+            self._unfinished(now)
         finally:
             self.taps.now = None
-        self._run_singles(batch, objective, consumer)
+        self.run_singles(batch, objective, consumer)
         return values.detach()
 
-    def _run_singles(self, batch: Batch, objective: ObjectiveOf, consumer: Consumer) -> None:
+    @contextmanager
+    def forward(self, batch: Batch, objective: Objective) -> Iterator[Callable[[Tensor, Tensor, Consumer], None]]:
+        """Run one batch forward, and give `backward(output, gradient, consumer)` over its graph, which may be called many times.
+
+        Layers without a handler take no part; see `run_singles`.
+        """
+        try:
+            self._forward(batch, objective, _ignore)
+            assert self.taps.now is not None
+            self.taps.now.repeated = True
+            yield partial(self._backward_again, self.taps.now)
+        finally:
+            self.taps.now = None
+
+    def _backward_again(self, now: Pass, output: Tensor, gradient: Tensor, consumer: Consumer) -> None:
+        now.consumer, now.backward = consumer, True
+        now.finished.clear()
+        with torch.enable_grad():
+            torch.autograd.backward(output, gradient, retain_graph=True)
+        self._unfinished(now)
+
+    def _unfinished(self, now: Pass) -> None:
+        """Hand over what is left: layers with a call whose output reached no loss."""
+        for name in list(now.pieces):
+            self._complete(name)
+        refuse_checkpointed(now.muted, now.finished)
+
+    def run_singles(self, batch: Batch, objective: ObjectiveOf, consumer: Consumer) -> None:
+        """Hand over the gradients of layers without a handler, one example at a time."""
         alone = [layer for layer in self.taken if layer.alone is not None]
         if not alone:
             return
@@ -228,7 +254,9 @@ class Recorder:
                 f"layer {call.layer.name!r}: its input was changed in place between the layer's call and its gradient. "
                 "Replace the in-place operation on that tensor (for example x += y by x = x + y)."
             )
-        x, call.x = call.x.to(g.device, non_blocking=True), None
+        x = call.x.to(g.device, non_blocking=True)
+        if not now.repeated:
+            call.x = None
         pieces = now.pieces.setdefault(call.layer.name, [])
         pieces.append((call, x, g.detach()))
         if len(pieces) == now.calls[call.layer.name]:

@@ -52,4 +52,5 @@ class Pass:
     tokens: tuple[int, Tensor | None] | None = None
     rows: int = 0
     lenient: bool = False
+    repeated: bool = False  # several backward passes: inputs are kept
     watched: bool = False  # keep outputs that are views, to see whether they are overwritten

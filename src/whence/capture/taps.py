@@ -1,4 +1,4 @@
-"""The taps: the only hooks of the project.
+"""The taps: the only hooks on what is tracked.
 
 A tap sits on every tracked module. In a forward pass it binds the module's input in a closure on the output's
 gradient hook, so that the pair (a, g) can never be mismatched, whatever the order of calls or however often

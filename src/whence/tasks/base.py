@@ -55,6 +55,16 @@ class Task:
             "Define columns(model, batch) -> [column, batch], or use solver='direct'."
         )
 
+    def log_odds(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+        """Return the log-odds of every label against all others, `[batch, label]`, and which of them are trained (bool, alike).
+
+        A label is a token, or the class of an example. `softplus(-log_odds)` of the trained ones sum to `loss`.
+        """
+        raise ConfigError(
+            f"{type(self).__name__} does not define log_odds, which linearise needs. "
+            "Define log_odds(model, batch) -> ([batch, label], [batch, label]), or use one of whence.tasks."
+        )
+
     def padding_mask(self, batch: Any) -> Masks:
         """Return `[batch, position]` (nonzero = a real position), one such mask per layer pattern, or None.
 

@@ -33,9 +33,14 @@ class Likelihood:
         """Return the negative log-likelihood `[batch]`, without terms that depend on nothing trained."""
         raise NotImplementedError
 
-    def margin(self, output: Tensor, labels: Tensor) -> Tensor:
-        """Return minus the labels' log-odds `[batch]`; as for a loss, lower is better."""
+    def odds(self, output: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the log-odds of every label `[batch, *label]`, and which labels count; `softplus(-odds)` sum to the loss."""
         raise NotImplementedError
+
+    def margin(self, output: Tensor, labels: Tensor) -> Tensor:
+        """Return minus the sum of the labels' log-odds `[batch]`; as for a loss, lower is better."""
+        odds, counted = self.odds(output, labels)
+        return -_total(odds * counted)
 
     def sample(self, output: Tensor, labels: Tensor, noise: Noise) -> Tensor:
         """Return labels drawn from the output, detached; what `labels` ignores stays ignored."""
@@ -62,13 +67,12 @@ class Categorical(Likelihood):
         losses = F.cross_entropy(_wide(output).flatten(0, -2), labels.flatten().long(), reduction="none", ignore_index=IGNORE)
         return _total(losses.view(labels.shape))
 
-    def margin(self, output: Tensor, labels: Tensor) -> Tensor:
-        """Return minus the sum of `z_label - logsumexp(z_others)`; never a difference of near-equal logarithms."""
+    def odds(self, output: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return `z_label - logsumexp(z_others)`; never a difference of near-equal logarithms."""
         logits, real = _wide(output), labels != IGNORE
         chosen = torch.where(real, labels, 0).long().unsqueeze(-1)
         others = logits.scatter(-1, chosen, float("-inf"))
-        odds = logits.gather(-1, chosen).squeeze(-1) - others.logsumexp(-1)
-        return -_total(odds * real)
+        return logits.gather(-1, chosen).squeeze(-1) - others.logsumexp(-1), real
 
     def sample(self, output: Tensor, labels: Tensor, noise: Noise) -> Tensor:
         """Return classes drawn from the softmax by inverse CDF."""
@@ -120,10 +124,10 @@ class Bernoulli(Likelihood):
         logits = _wide(output)
         return _total(F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none"))
 
-    def margin(self, output: Tensor, labels: Tensor) -> Tensor:
-        """Return minus the sum of the log-odds of each label as it is given."""
+    def odds(self, output: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the log-odds of each label as it is given; of labels between 0 and 1 the loss is no function of them."""
         logits = _wide(output)
-        return _total((1.0 - 2.0 * labels.to(logits.dtype)) * logits)
+        return (2.0 * labels.to(logits.dtype) - 1.0) * logits, torch.ones_like(labels, dtype=torch.bool)
 
     def sample(self, output: Tensor, labels: Tensor, noise: Noise) -> Tensor:
         """Return labels drawn independently of each other."""

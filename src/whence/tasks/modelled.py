@@ -51,6 +51,18 @@ class ModelledTask(Task):
         self._check_measure(likelihood)
         return likelihood.margin(output, labels)
 
+    def log_odds(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+        """Return every label's log-odds `[batch, label]`, and which labels are trained.
+
+        Raises:
+            ConfigError: the labels have no log-odds, as those of a regression.
+        """
+        likelihood, output, labels = self._parts(model, batch)
+        if not likelihood.has_odds:
+            raise ConfigError("a regression has no log-odds. linearise takes models of classes, tokens or yes-or-no labels.")
+        odds, trained = likelihood.odds(output, labels)
+        return odds.reshape(len(labels), -1), trained.reshape(len(labels), -1)
+
     def sampled_loss(self, model: nn.Module, batch: Any, noise: Noise) -> Tensor:
         """Return the loss `[batch]` of labels drawn from the model's output."""
         likelihood, output, labels = self._parts(model, batch)
