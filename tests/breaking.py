@@ -1,4 +1,4 @@
-"""Calls that are broken off ahead of a write to an index."""
+"""Calls that are broken off ahead of a write to an index, or to another store."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import pytest
 from whence.storage import shards
 
 
-def broken_off(monkeypatch: pytest.MonkeyPatch, after: int, call: Callable[[], Any]) -> bool:
-    """Kill a call ahead of one of its writes to or deletions from an index; whether it came so far."""
+def broken_off(monkeypatch: pytest.MonkeyPatch, after: int, call: Callable[[], Any], kind: str = "index") -> bool:
+    """Kill a call ahead of one of its writes to or deletions from a store of a kind; whether it came so far."""
     made = {"calls": 0}
 
     def breaking(real: Any, folder: Callable[..., Path]) -> Any:
         def broken(*arguments: Any) -> None:
-            if folder(*arguments).parent.name == "index":
+            if folder(*arguments).parent.name == kind:
                 made["calls"] += 1
                 if made["calls"] > after:
                     raise KeyboardInterrupt

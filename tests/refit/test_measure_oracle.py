@@ -90,7 +90,7 @@ def test_every_token_of_an_architecture(name: str) -> None:
     check(*attributor_of(name), batch_size=3)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "t5", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "bart"))])
+@pytest.mark.parametrize("name", ["gpt2", "t5", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "distilbert"))])
 def test_every_token_with_embeddings_and_heads(name: str) -> None:
     check(*attributor_of(name, layers="all"), batch_size=4)
 
@@ -159,3 +159,13 @@ def test_a_way_around_the_head_is_seen() -> None:
     assert columns._only_way(through, h)
     assert not columns._only_way(around, h)
     assert not columns._only_way(through, x)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"compile": True}, {"offload": True}, {"precision": "bfloat16"}], ids=lambda options: next(iter(options)))
+def test_options_of_passes(options: dict[str, Any]) -> None:
+    wanted, found = (attributor_of("llama", **more) for more in ({}, options))
+    one, other = (attributor.linearise(rows[:3], dimension=50) for attributor, rows in (wanted, found))
+    tolerance = 2e-2 if "precision" in options else 2e-6
+    assert_close(other.outputs, one.outputs, "outputs", rtol=0, atol_of_largest=tolerance)
+    assert_close(other.gradients, one.gradients, "gradients", rtol=0, atol_of_largest=tolerance)

@@ -1,11 +1,12 @@
 """From a gradient of all tracked parameters to k numbers: a sparse random projection that is never a matrix, or all numbers.
 
-`"random"` adds each coordinate to four of the k numbers, with random signs, and halves the sums: a sparse Johnson-Lindenstrauss
-transform (Kane and Nelson, "Sparser Johnson-Lindenstrauss transforms", 2014). Inner products are right on average, with a variance
-of about `(|x|^2 |y|^2 + <x, y>^2) / k`, that of a dense matrix of signs. A layer's coordinates are cut into blocks of k. Each of
-the four times, a block goes to the k numbers in a random order, so that no two of its coordinates meet. Orders and signs are
-functions of (seed, layer name, time, block) alone, made by a counter-based generator on the CPU: the same on every device, in every
-batch and in every run. They take 20 bytes per tracked parameter, where the matrix would take 4 k.
+`"random"` shares the k numbers out into four parts and adds each coordinate to one number of every part, with random signs; all is
+halved. That is the sparse Johnson-Lindenstrauss transform of Kane and Nelson ("Sparser Johnson-Lindenstrauss transforms", 2014).
+Inner products are right on average, with a variance of at most `(|x|^2 |y|^2 + <x, y>^2) / k`, that of a dense matrix of signs,
+and the length of a gradient with one coordinate is kept exactly. A layer's coordinates are cut into blocks as long as a part, and
+each block goes to the part in a random order, so that no two of its coordinates meet. Orders and signs are functions of (seed, layer
+name, part, block) alone, made by a counter-based generator on the CPU: the same on every device, in every batch and in every run.
+They take 20 bytes per tracked parameter, where the matrix would take 4 k.
 
 `"pca"` is made of a wider random one: see `whence.refit.principal`.
 """
@@ -28,8 +29,11 @@ from whence.runtime.noise import KeyedNoise
 Kind = Literal["random", "pca", "none"]
 Shapes = Mapping[str, tuple[int, int, int]]
 
-TIMES = 4
-"""Numbers that each coordinate is added to."""
+PARTS = 4
+"""Numbers that each coordinate is added to, where there are so many."""
+
+_TOGETHER = 4096
+"""Blocks whose orders and signs come from one stream of random numbers."""
 
 WIDER = 4
 """How many times as many random directions `"pca"` chooses from."""
@@ -143,23 +147,31 @@ class Signs:
             self.maps[key] = tuple(drawn.to(self.device) for drawn in signs_of(layer, len(flat), self.dimension, self.seed))  # type: ignore[assignment]
         places, signs = self.maps[key]
         # Sums of signed rows of a table, in a fixed order: no atomic additions on a GPU.
-        into += F.embedding_bag(places, flat, mode="sum", per_sample_weights=signs.to(flat)).T / math.sqrt(TIMES)
+        sums = F.embedding_bag(places, flat, mode="sum", per_sample_weights=signs.to(flat))
+        into += sums.T / math.sqrt(min(PARTS, self.dimension))
 
 
 def signs_of(layer: str, numbers: int, dimension: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Return which coordinates each of the k numbers is a sum of, int32 `[k, time and block]`, and with which signs, int8 alike.
+    """Return which coordinates each of the k numbers is a sum of, int32 `[k, block]`, and with which signs, int8 alike.
 
-    A sign is 0 where a layer's last block has no coordinate.
+    A sign is 0 where a block has no coordinate for the number.
     """
-    blocks = -(-numbers // dimension)
-    firsts = torch.arange(blocks).unsqueeze(1) * dimension
+    most = -(-numbers // max(1, dimension // PARTS))
+    parts = torch.arange(dimension).tensor_split(min(PARTS, dimension))
+    drawn = [_part(layer, part, len(own), most, seed) for part, own in enumerate(parts)]
+    places, signs = (torch.cat(found) for found in zip(*drawn, strict=True))
+    there = places < numbers
+    return torch.where(there, places, 0).to(torch.int32), signs * there
+
+
+def _part(layer: str, part: int, length: int, blocks: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Return places `[number of the part, block]` and signs, drawn for many blocks at a time."""
+    stream = int.from_bytes(hashlib.sha256(f"{part} {layer}".encode()).digest()[:8], "big")
     places, signs = [], []
-    for time in range(TIMES):
-        stream = int.from_bytes(hashlib.sha256(f"{time} {layer}".encode()).digest()[:8], "big")
-        noise = KeyedNoise(seed=seed, stream=stream, ids=range(blocks), device="cpu")
-        order = firsts + noise.uniform(dimension).argsort(dim=1, stable=True)
-        sign = torch.where(noise.uniform(dimension) < 0.5, -1, 1).to(torch.int8)
-        there = order < numbers
-        places.append(torch.where(there, order, 0).to(torch.int32))
-        signs.append(sign * there)
-    return torch.cat(places).T.contiguous(), torch.cat(signs).T.contiguous()
+    for group, first in enumerate(range(0, blocks, _TOGETHER)):
+        several = min(_TOGETHER, blocks - first)
+        noise = KeyedNoise(seed=seed, stream=stream, ids=[group], device="cpu")
+        order = noise.uniform(several, length)[0].argsort(dim=1, stable=True)
+        places.append((order + torch.arange(first, first + several).unsqueeze(1) * length).T)
+        signs.append(torch.where(noise.uniform(several, length)[0].T < 0.5, -1, 1).to(torch.int8))
+    return torch.cat(places, dim=1), torch.cat(signs, dim=1)

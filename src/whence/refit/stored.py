@@ -42,11 +42,13 @@ class StoredLinearised(Linearised):
     Attributes:
         folder: where they are stored.
         labels: int32 `[row]`, place of the label that a row is of on the output's axis: for a causal model the token before it.
+        basis: float32 `[wide, k]`, the directions of `projection="pca"` among the random ones; else None.
         settings: model, task, layers, rows and projection that they were measured with.
     """
 
     folder: Path
     labels: Tensor
+    basis: Tensor | None
     settings: dict[str, Any]
 
     @classmethod
@@ -69,15 +71,6 @@ class StoredLinearised(Linearised):
             examples=len(counts),
             folder=store.folder,
             labels=torch.cat([part[LABELS] for part in parts]),
+            basis=store.read(BASIS)[BASIS] if BASIS in store.names else None,
             settings=store.settings,
         )
-
-    @property
-    def basis(self) -> Tensor | None:
-        """The directions of `projection="pca"` among the random ones, float32 `[wide, k]`; else None."""
-        return basis_in(ShardStore.open(self.folder, kind=KIND))
-
-
-def basis_in(store: ShardStore) -> Tensor | None:
-    """Return the basis of a store, if it has one."""
-    return store.read(BASIS)[BASIS] if BASIS in store.names else None
