@@ -128,10 +128,7 @@ def compared(options: argparse.Namespace, folder: str) -> dict[str, Any]:
     for per_token in (True, False):
         unit = "per token" if per_token else "mean"
         for size in options.batch_sizes:
-            how = {"per_token": per_token, "batch_size": size}
-            ways[f"linearise, {unit}, batches of {size}"] = seconds(
-                lambda how=how: _again(attributor, rows, options, **how), options.repeats
-            )
+            ways[f"linearise, {unit}, batches of {size}"] = seconds(partial(ours, per_token=per_token, batch_size=size), options.repeats)
         ways[f"loop, {unit}"] = seconds(partial(loop, model, rows, per_token=per_token), options.repeats)
     stored = ours()
     size = sum(path.stat().st_size for path in stored.folder.glob("*.safetensors"))

@@ -161,8 +161,14 @@ def test_a_way_around_the_head_is_seen() -> None:
     assert not columns._only_way(through, x)
 
 
+def next_key(options: dict[str, Any]) -> str:
+    return next(iter(options))
+
+
+# Dynamo makes the objects that it warns of making.
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{"compile": True}, {"offload": True}, {"precision": "bfloat16"}], ids=lambda options: next(iter(options)))
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("options", [{"compile": True}, {"offload": True}, {"precision": "bfloat16"}], ids=next_key)
 def test_options_of_passes(options: dict[str, Any]) -> None:
     wanted, found = (attributor_of("llama", **more) for more in ({}, options))
     one, other = (attributor.linearise(rows[:3], dimension=50) for attributor, rows in (wanted, found))

@@ -144,7 +144,7 @@ def test_principal_directions_are_those_of_examples_that_count_once() -> None:
     found = principal.basis_of(shards, 3)
     basis = found["basis"].double()
     weights = torch.tensor([1.0] + 4 * [1 / 4] + 6 * [1 / 6], dtype=torch.float64)
-    u, s, vt = torch.linalg.svd(wide.double() * weights.sqrt().unsqueeze(1), full_matrices=False)
+    _, s, vt = torch.linalg.svd(wide.double() * weights.sqrt().unsqueeze(1), full_matrices=False)
     assert torch.allclose(basis.T @ basis, torch.eye(3, dtype=torch.float64), atol=1e-6)
     assert torch.allclose((basis.T @ vt[:3].T).abs(), torch.eye(3, dtype=torch.float64), atol=1e-5)
     assert float(found["share"]) == pytest.approx(float(s[:3].square().sum() / s.square().sum()))
