@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -206,16 +208,17 @@ def test_a_run_killed_ahead_of_any_write_goes_on_to_the_same_bytes(
 
     wanted = files(run(tmp_path / "smooth").folder)
     assert len(wanted) == (4 if projection == "pca" else 3)
-    after = 0
-    while broken_off(monkeypatch, after, lambda: run(tmp_path / str(after)), KIND):
+    for after in itertools.count():
         folder = tmp_path / str(after)
+        again = partial(run, folder)
+        if not broken_off(monkeypatch, after, again, KIND):
+            break
         if after:
             with pytest.raises(StorageError, match="unfinished"):
                 StoredLinearised.open(folder / KIND / "train")
         # Killed once more a little later, and then left alone.
-        broken_off(monkeypatch, 2, lambda folder=folder: run(folder), KIND)
-        assert files(run(folder).folder) == wanted, f"killed ahead of write {after}"
-        after += 1
+        broken_off(monkeypatch, 2, again, KIND)
+        assert files(again().folder) == wanted, f"killed ahead of write {after}"
     assert after >= 6  # the manifest alone, and twice for each shard
 
 
