@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from whence.capture.passes import Rows
 from whence.errors import MismatchError
 from whence.indexing import IndexBench
 from whence.refit.measure import Measure
@@ -61,40 +62,44 @@ class LinearBench(IndexBench):
         base = None if like is None else self._base(like)
         if base is not None:
             options = ProjectionOptions(**base.settings["projection"])
-        basis = None if base is None else base.basis
         taken = self._rows(dataset, "linearised", rows, batch_size)
-        with self._session(taken, data=dataset) as (recorder, seen):
+        settings = {"projection": options.to_json(), "per token": per_token, "rows": None if rows is None else list(taken.indices)}
+        folder = name or ("train" if base is None else "validation")
+        return StoredLinearised.open(self._linearised(taken, options, base, settings, folder, overwrite))
+
+    def _linearised(
+        self,
+        rows: Rows,
+        options: ProjectionOptions,
+        base: StoredLinearised | None,
+        settings: dict[str, Any],
+        name: str,
+        overwrite: bool,
+    ) -> Path:
+        """Measure what is not there yet; return the folder."""
+        basis = None if base is None else base.basis
+        with self._session(rows, data=rows.dataset) as (recorder, seen):
             shapes = {layer.name: layer.shape for layer in recorder.taken}
             made = projector(options, shapes, self.device)
-            settings = {
-                **seen.identity,
-                **seen.data,
-                "projection": options.to_json(),
-                "projected": list(shapes),
-                "per token": per_token,
-                "dtype": "float32",
-                "rows": None if rows is None else list(taken.indices),
-            }
+            settings = {**seen.identity, **seen.data, "dtype": "float32", "projected": list(shapes), **settings}
             if base is not None:
                 _refuse_other_coordinates(base.settings, settings)
             if basis is not None:
                 settings["basis"] = fingerprint_tensors({"basis": basis})
-            folder = name or ("train" if base is None else "validation")
-            with self._store(KIND, folder, settings, overwrite) as store:
+            with self._store(KIND, name, settings, overwrite) as store:
                 if not store.complete:
-                    principal = options.dimension if options.projection == "pca" and basis is None else 0
                     Measure(
                         recorder=recorder,
                         store=store,
                         stages=self.stages,
                         projector=made,
-                        per_token=per_token,
+                        per_token=settings["per token"],
                         basis=basis,
-                        principal=principal,
-                    ).write(taken)
+                        principal=options.dimension if options.projection == "pca" and basis is None else 0,
+                    ).write(rows)
                 self._leave_out_unreached(store)
         self._record("linearise", settings)
-        return StoredLinearised.open(store.folder)
+        return store.folder
 
     def _base(self, like: StoredLinearised | str | Path) -> StoredLinearised:
         if isinstance(like, StoredLinearised):

@@ -67,7 +67,7 @@ def same(found: StoredLinearised, wanted: StoredLinearised, tolerance: float = 2
 def test_batches_and_shards_change_nothing(monkeypatch: pytest.MonkeyPatch, projection: str, per_token: bool) -> None:
     asked: dict[str, Any] = {"dimension": 9, "projection": projection, "per_token": per_token}
     wanted = attributor().linearise(data(), batch_size=EXAMPLES, **asked)
-    for size, examples in ((1, 64), (4, 64), (3, 5), (EXAMPLES, 1)):
+    for size, examples in ((4, 64), (3, 5), (1, 4)):
         monkeypatch.setattr(stored, "EXAMPLES", examples)
         same(attributor().linearise(data(), batch_size=size, **asked), wanted, 1e-5 if projection == "pca" else 2e-6)
 
@@ -148,7 +148,7 @@ def test_principal_directions_lie_in_the_wide_ones() -> None:
     assert found.dimensions == 5
     wide = attributor().linearise(data(), dimension=20, projection="random").gradients.double()
     assert_close(found.gradients.double(), wide @ found.basis.double(), "rows", rtol=1e-5, atol_of_largest=1e-6)
-    few = attributor().linearise(data(1), projection="pca")
+    few = attributor().linearise(data(1), dimension=40, projection="pca")
     assert few.dimensions == few.rows == 6
 
 

@@ -22,7 +22,7 @@ peft = pytest.importorskip("peft")
 from architectures import adapted  # noqa: E402
 from case_hugging_face import BY_NAME  # noqa: E402
 
-ROWS = 7
+ROWS = 5
 
 
 def logits_and_labels(task: Any, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
@@ -81,16 +81,17 @@ def attributor_of(name: str, model: nn.Module | None = None, **options: Any) -> 
     return whence.Attributor(built, case.task(), collate=case.collator(built), progress=False, **options), case.rows()[:ROWS]
 
 
-SLOW = ["bert", "gpt2 classes", "distilbert", "roberta", "bart"]
+def slow(*names: str) -> list[Any]:
+    return [pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "t5", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+@pytest.mark.parametrize("name", ["llama", "t5", *slow("gpt2", "bert", "gpt2 classes", "distilbert", "roberta", "bart")])
 def test_every_token_of_an_architecture(name: str) -> None:
     """Shared and tied weights, padding on either side of an encoder-decoder, prompts that are not trained, and a batch that is not full."""
     check(*attributor_of(name), batch_size=3)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "t5", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "distilbert"))])
+@pytest.mark.parametrize("name", ["gpt2", *slow("llama", "t5", "distilbert")])
 def test_every_token_with_embeddings_and_heads(name: str) -> None:
     check(*attributor_of(name, layers="all"), batch_size=4)
 
@@ -98,7 +99,7 @@ def test_every_token_with_embeddings_and_heads(name: str) -> None:
 TARGETS = {"gpt2": ["c_attn", "c_proj"], "llama": ["q_proj", "down_proj"], "t5": ["q", "v", "wo"]}
 
 
-@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("name", ["gpt2", *slow("llama", "t5")])
 def test_every_token_of_an_adapter(name: str) -> None:
     model = adapted(BY_NAME[name].build, TARGETS[name])
     attributor, rows = attributor_of(name, model)

@@ -68,12 +68,15 @@ def run_columns(recorder: Recorder, batch: Batch, consumer_for: Callable[[int, T
 
 
 def mean_log_odds(task: Task, seen: list[Tensor] | None = None) -> Objective:
-    """Return the objective that is the mean log-odds of each example's trained labels, `[example]`; `seen` gets which are trained."""
+    """Return the objective that is the mean log-odds of each example's trained labels, `[example]`.
+
+    `seen`, if it is an empty list, gets which labels are trained.
+    """
 
     def objective(model: nn.Module, data: Any) -> Tensor:
         odds, trained = task.log_odds(model, data)
-        if seen is not None:
-            seen[:] = [trained]
+        if seen == []:  # layers without a handler call again, with one row each
+            seen.append(trained)
         return (odds * trained).sum(1) / trained.sum(1).clamp(min=1)
 
     return objective
