@@ -1,0 +1,170 @@
+"""How well are fine-tunes on subsets predicted, without making them?
+
+    python bench/first_order.py instruct checkpoints/flan --name flan --by cluster:40 --subsets 40 --repeats 1
+
+Groups the checkpoint's training rows, draws subsets of half of the groups (`--shares 0.25 0.75`: as many of other sizes too, a
+fourth each), fine-tunes on each from the recipe's start, and compares the validation loss, of all queries and of every group of
+queries, with estimates. The first `--calibration` fine-tunes choose ridge and shift (and slope, from six on) of every estimate; the
+others judge. Predictors: `constant` (the model as it is) and `mean` (of the calibration runs) are trivial; `size` is a line through
+the number of rows; `cosine` the mean cosine of the subset's gradients with the queries'; `gradient`, `influence` (one Newton step,
+TRAK's form), `refit`, each with the projections asked for; `gradex` the published recipe in output space; `datamodel` a ridge
+regression of the loss on group membership, on the calibration runs. Writes results/first_order_NAME.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.linear_model import RidgeCV
+from support.common import environment, print_table, write_results
+from torch import Tensor
+
+from whence.attributor import Attributor
+from whence.evidence.estimating import EstimateSettings, Method, SubsetSettings, calibrated, in_units, raw_estimates
+from whence.evidence.first_order import FineTunes, GradientSettings, Linear, at_the_start, fine_tune, linearise_recipe
+from whence.recipes.base import load_recipe
+from whence.refit.subsets import Subsets
+from whence.refit.trust import trust
+
+METHODS: tuple[Method, ...] = ("gradient", "influence", "refit", "gradex")
+Predictor = Callable[[Subsets], Tensor]
+
+
+def drawn(linear: Linear, options: argparse.Namespace) -> Subsets:
+    """Return the subsets of every share, the halves first."""
+    parts = [SubsetSettings(seed=options.seed).draw(linear.groups, count=options.subsets, seed=options.seed + 1)]
+    for place, share in enumerate(options.shares):
+        settings = SubsetSettings(share=share, seed=options.seed)
+        parts.append(settings.draw(linear.groups, count=options.subsets // 4, seed=options.seed + 2 + place))
+    return replace(parts[0], members=torch.cat([part.members for part in parts]))
+
+
+def line(feature: Predictor, real: FineTunes, metric: str) -> Predictor:
+    """Return a straight line through a feature, fitted on real fine-tunes."""
+    x, y = feature(real.subsets).numpy(), real.metric(metric).mean(1).numpy()
+    slope, shift = np.polyfit(x, y, 1) if np.ptp(x) > 0 else (0.0, y.mean())
+    return lambda subsets: shift + slope * feature(subsets)
+
+
+def cosine(linear: Linear, metric: str) -> Predictor:
+    """Return the mean cosine between a subset's example gradients and the queries', of a group of queries where the metric has one."""
+    assert linear.target.linear is not None
+
+    def unit(one: Any) -> Tensor:
+        gradients = one.example_sums(one.gradients.double().T).T
+        return gradients / gradients.norm(dim=1, keepdim=True).clamp(min=1e-12)
+
+    queries = unit(linear.target.linear)
+    if "/" in metric:
+        queries = queries[torch.tensor([own == metric.split("/", 1)[1] for own in linear.target.groups or ()])]
+    products = unit(linear.train) @ queries.mean(0)
+    return lambda subsets: subsets.example_masks().double() @ products / subsets.sizes.double()
+
+
+def datamodel(real: FineTunes, metric: str) -> Predictor:
+    fitted = RidgeCV(alphas=np.logspace(-2, 4, 25)).fit(real.subsets.members.double().numpy(), real.metric(metric).mean(1).numpy())
+    return lambda subsets: torch.from_numpy(fitted.predict(subsets.members.double().numpy()))
+
+
+def first_order(linear: Linear, real: FineTunes, settings: EstimateSettings, metric: str) -> tuple[Predictor, dict[str, Any]]:
+    found = calibrated(linear, real, settings)
+    options = found[settings.metric].options
+    kept = {"ridge": options.ridge, "adjust": found[metric].adjust, "at_edge": found[settings.metric].at_edge, "slope": found[metric].slope}
+    return lambda subsets: in_units(raw_estimates(linear, subsets, options, settings), found).of(metric), kept
+
+
+def judged(predictor: Predictor, real: FineTunes, metric: str, constant: float, mean: float) -> dict[str, Any]:
+    report = trust(predictor(real.subsets), real.metric(metric), constant=constant, mean=mean)
+    return report.to_json()
+
+
+def report(linears: dict[str, Linear], calibration: FineTunes, held_out: FineTunes, metric: str) -> dict[str, Any]:
+    """Return every predictor's figures on one metric."""
+    first = next(iter(linears.values()))
+    constant, mean = float(at_the_start(first).of(metric)[0]), float(calibration.metric(metric).mean())
+    predictors: dict[str, tuple[Predictor, dict[str, Any]]] = {
+        "size": (line(lambda subsets: subsets.sizes.double(), calibration, metric), {}),
+        "datamodel": (datamodel(calibration, metric), {}),
+    }
+    for name, linear in linears.items():
+        predictors[f"cosine {name}"] = (line(cosine(linear, metric), calibration, metric), {})
+        for method in METHODS:
+            settings = EstimateSettings(method=method, metric="loss", calibration=len(calibration.subsets))
+            predictors[f"{method} {name}"] = first_order(linear, calibration, settings, metric)
+    return {name: {**judged(one, held_out, metric, constant, mean), **kept} for name, (one, kept) in predictors.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe")
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--name", required=True, help="of the results")
+    parser.add_argument("--run-dir", type=Path)
+    parser.add_argument("--by", default="cluster:40")
+    parser.add_argument("--subsets", type=int, default=40)
+    parser.add_argument("--shares", type=float, nargs="*", default=[])
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--calibration", type=int, default=8)
+    parser.add_argument("--dimension", type=int, default=400)
+    parser.add_argument("--variants", nargs="*", default=["pca:mean", "random:mean"], help="projection:mean or projection:token")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    recipe = load_recipe(options.recipe, checkpoint_dir=options.checkpoint)
+    run = options.run_dir or Path("runs") / f"first-order-{options.name}"
+    linears: dict[str, Linear] = {}
+    seconds: dict[str, float] = {}
+    groups = None
+    for variant in options.variants:
+        projection, _, kind = variant.partition(":")
+        attributor = Attributor(
+            recipe.model, recipe.task, layers=recipe.layers, run_dir=run / variant.replace(":", "-"), collate=recipe.collate
+        )
+        start = time.perf_counter()
+        settings = GradientSettings(
+            projection=projection, dimension=options.dimension, per_token=kind == "token", by=options.by, seed=options.seed
+        )
+        linears[variant] = linearise_recipe(attributor, recipe, settings)
+        seconds[f"gradients {variant}"] = time.perf_counter() - start
+        groups = groups or linears[variant].groups
+        linears[variant] = replace(linears[variant], groups=groups)  # the first variant's clusters for all
+    first = linears[options.variants[0]]
+    subsets = drawn(first, options)
+    start = time.perf_counter()
+    running: Any = {"folder": run / "retrain", "n_jobs": options.jobs, "stages": attributor.stages}
+    real = fine_tune(recipe, first, subsets, repeats=options.repeats, seed=options.seed, **running)
+    seconds["fine-tunes"] = time.perf_counter() - start
+    order = list(range(len(subsets)))
+    calibration, held_out = real.take(order[: options.calibration]), real.take(order[options.calibration :])
+    metrics = [name for name in at_the_start(first).metrics if name.split("/")[0] == "loss"]
+    results = {metric: report(linears, calibration, held_out, metric) for metric in metrics}
+    figures = ("spearman", "r2", "error", "constant_error", "mean_error")
+    rows = [
+        [metric, name, *(f"{one[figure]['value']:.4f}" for figure in figures)]
+        for metric, found in results.items()
+        for name, one in found.items()
+    ]
+    header = ["metric", "predictor", "Spearman", "R2", "error", "constant", "mean"]
+    print_table(f"{len(held_out.subsets)} held-out fine-tunes", header, rows)
+    write_results(
+        f"first_order_{options.name}",
+        {
+            "environment": environment(),
+            "settings": {**{k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}, "train": len(recipe.train)},
+            "seconds": seconds,
+            "measured": {"sizes": real.subsets.sizes.tolist(), **{metric: real.metric(metric).tolist() for metric in metrics}},
+            "results": results,
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()
