@@ -2,7 +2,7 @@
 
     python bench/first_order.py instruct checkpoints/flan --name flan --by cluster:40 --subsets 40 --repeats 1
 
-Groups the checkpoint's training rows, draws subsets of half of the groups (`--shares 0.25 0.75`: as many of other sizes too, a
+Groups the checkpoint's training rows, draws subsets of groups with half of the rows (`--shares 0.25 0.75`: as many of other sizes too, a
 fourth each), fine-tunes on each from the recipe's start, and compares the validation loss, of all queries and of every group of
 queries, with estimates. The first `--calibration` fine-tunes choose ridge and shift (and slope, from six on) of every estimate; the
 others judge. Predictors: `constant` (the model as it is) and `mean` (of the calibration runs) are trivial; `size` is a line through
@@ -39,9 +39,9 @@ Predictor = Callable[[Subsets], Tensor]
 
 def drawn(linear: Linear, options: argparse.Namespace) -> Subsets:
     """Return the subsets of every share, the halves first."""
-    parts = [SubsetSettings(seed=options.seed).draw(linear.groups, count=options.subsets, seed=options.seed + 1)]
+    parts = [SubsetSettings(seed=options.seed, design=options.design).draw(linear.groups, count=options.subsets, seed=options.seed + 1)]
     for place, share in enumerate(options.shares):
-        settings = SubsetSettings(share=share, seed=options.seed)
+        settings = SubsetSettings(share=share, seed=options.seed, design=options.design)
         parts.append(settings.draw(linear.groups, count=options.subsets // 4, seed=options.seed + 2 + place))
     return replace(parts[0], members=torch.cat([part.members for part in parts]))
 
@@ -110,6 +110,7 @@ def main() -> None:
     parser.add_argument("--by", default="cluster:40")
     parser.add_argument("--subsets", type=int, default=40)
     parser.add_argument("--shares", type=float, nargs="*", default=[])
+    parser.add_argument("--design", default="rows", choices=["groups", "rows"], help="subsets of half of the groups or of the rows")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--calibration", type=int, default=8)
     parser.add_argument("--dimension", type=int, default=400)
