@@ -27,8 +27,9 @@ from support.common import environment, print_table, write_results
 from torch import Tensor
 
 from whence.attributor import Attributor
-from whence.evidence.estimating import EstimateSettings, Method, SubsetSettings, calibrated, in_units, raw_estimates
-from whence.evidence.first_order import FineTunes, GradientSettings, Linear, at_the_start, fine_tune, linearise_recipe
+from whence.evidence.calibrating import EstimateSettings, Method, calibrated, in_units, raw_estimates
+from whence.evidence.estimating import SubsetSettings
+from whence.evidence.first_order import FineTunes, GradientSettings, Linear, fine_tune, linearise_recipe
 from whence.recipes.base import load_recipe
 from whence.refit.subsets import Subsets
 from whence.refit.trust import trust
@@ -39,10 +40,10 @@ Predictor = Callable[[Subsets], Tensor]
 
 def drawn(linear: Linear, options: argparse.Namespace) -> Subsets:
     """Return the subsets of every share, the halves first."""
-    parts = [SubsetSettings(seed=options.seed, design=options.design).draw(linear.groups, count=options.subsets, seed=options.seed + 1)]
+    parts = [SubsetSettings(seed=options.seed, design=options.design).draw_real(linear.groups, options.subsets)]
     for place, share in enumerate(options.shares):
-        settings = SubsetSettings(share=share, seed=options.seed, design=options.design)
-        parts.append(settings.draw(linear.groups, count=options.subsets // 4, seed=options.seed + 2 + place))
+        settings = SubsetSettings(share=share, seed=options.seed + 1 + place, design=options.design)
+        parts.append(settings.draw_real(linear.groups, options.subsets // 4))
     return replace(parts[0], members=torch.cat([part.members for part in parts]))
 
 
@@ -88,7 +89,7 @@ def judged(predictor: Predictor, real: FineTunes, metric: str, constant: float, 
 def report(linears: dict[str, Linear], calibration: FineTunes, held_out: FineTunes, metric: str) -> dict[str, Any]:
     """Return every predictor's figures on one metric."""
     first = next(iter(linears.values()))
-    constant, mean = float(at_the_start(first).of(metric)[0]), float(calibration.metric(metric).mean())
+    constant, mean = float(first.start.of(metric)[0]), float(calibration.metric(metric).mean())
     predictors: dict[str, tuple[Predictor, dict[str, Any]]] = {
         "size": (line(lambda subsets: subsets.sizes.double(), calibration, metric), {}),
         "datamodel": (datamodel(calibration, metric), {}),
@@ -145,7 +146,7 @@ def main() -> None:
     seconds["fine-tunes"] = time.perf_counter() - start
     order = list(range(len(subsets)))
     calibration, held_out = real.take(order[: options.calibration]), real.take(order[options.calibration :])
-    metrics = [name for name in at_the_start(first).metrics if name.split("/")[0] == "loss"]
+    metrics = [name for name in first.start.metrics if name.split("/")[0] == "loss"]
     results = {metric: report(linears, calibration, held_out, metric) for metric in metrics}
     figures = ("spearman", "r2", "error", "constant_error", "mean_error")
     rows = [

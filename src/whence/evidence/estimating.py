@@ -1,39 +1,34 @@
 """How good would fine-tunes on thousands of subsets be: estimates to first order, set right and judged by a few real fine-tunes.
 
-The real fine-tunes are of two kinds that share no subset: some choose the ridge and the shift between estimate and metric
-(calibration), the others only judge (trust). Without the latter an estimate comes with the error of calibration alone.
+Some real fine-tunes choose the ridge and the shift between estimate and metric (calibration), others only judge (trust). Without the
+latter an estimate comes with the error of calibration alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Unpack, get_args
 
 import pyarrow as pa
 import torch
-from torch import Tensor
 
 from whence.attributor import Attributor
 from whence.errors import ConfigError
 from whence.evaluate.retrain import Running
-from whence.evidence.first_order import FineTunes, GradientSettings, Linear, at_the_start, fine_tune, linearise_recipe
+from whence.evidence.calibrating import EstimateSettings, gather, in_units, raw_estimates
+from whence.evidence.first_order import GradientSettings, check_recipe, linearise_recipe
 from whence.recipes.base import Recipe
-from whence.refit.calibrate import Calibration, calibrate, ridge_grid
-from whence.refit.gradex import GradexOptions, gradex
-from whence.refit.linear import row_curvature
-from whence.refit.predict import Predictions, predict
-from whence.refit.solve import RefitOptions, refit_groups
+from whence.refit.calibrate import Calibration
+from whence.refit.predict import Predictions
 from whence.refit.subsets import Groups, Subsets, bernoulli, fixed_share, leave_one_group_out, subsets_from_file
-from whence.refit.trust import Trust, trust
+from whence.refit.trust import Trust
 from whence.storage.run import write_json_atomic, write_table_atomic
+from whence.workbench import Size
 
 Design = Literal["groups", "rows", "bernoulli", "leave-one-out"]
-Method = Literal["refit", "influence", "gradient", "gradex"]
-_STEPS: dict[str, int | None] = {"refit": None, "influence": 1, "gradient": 1}
-_FLAT = 1e6
-"""A ridge so many times the curvature leaves the plain gradient."""
+_DRAWS = 16
+"""So many subsets are drawn for each that is to differ from the others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,52 +53,46 @@ class SubsetSettings:
     def __post_init__(self) -> None:
         if self.design not in get_args(Design):
             raise ConfigError(f"design={self.design!r}: choose {', '.join(get_args(Design))}.")
+        if self.count < 1 or not 0 < self.share < 1:
+            raise ConfigError(f"count={self.count!r}, share={self.share!r}: give 1 subset or more, and a share between 0 and 1.")
+        if self.file is not None and not self.file.is_file():
+            raise ConfigError(f"{self.file}: there is no such file of subsets.")
 
-    def draw(self, groups: Groups, *, count: int | None = None, seed: int | None = None) -> Subsets:
-        """Return the subsets, or others of the same design."""
-        several, drawn = self.count if count is None else count, self.seed if seed is None else seed
-        if self.file is not None and count is None:
+    def draw(self, groups: Groups) -> Subsets:
+        """Return the subsets to be estimated."""
+        if self.file is not None:
             return subsets_from_file(self.file, groups)
-        if self.design == "leave-one-out" and count is None:
+        if self.design == "leave-one-out":
             return leave_one_group_out(groups)
-        if self.design == "bernoulli":
-            return bernoulli(groups, count=several, share=self.share, seed=drawn)
-        return fixed_share(groups, count=several, share=self.share, of="rows" if self.design == "rows" else "groups", seed=drawn)
+        return self._random(groups, self.count, self.seed)
 
+    def draw_real(self, groups: Groups, count: int) -> Subsets:
+        """Return different subsets of the same design for real fine-tunes: `count` of a file's, else drawn with a seed of their own.
 
-@dataclass(frozen=True, kw_only=True)
-class EstimateSettings:
-    """How subsets are estimated.
+        A larger count adds subsets to those of a smaller one.
 
-    Attributes:
-        method: `"refit"` (until converged), `"influence"` (one Newton step: TRAK), `"gradient"` (the ridge's limit: the sum of the
-            rows' gradients, and its product with a validation row's) or `"gradex"` (the published recipe, a baseline).
-        metric: what the ridge is chosen by, a metric of `Predictions`.
-        ridge: lambda; None: chosen by the calibration runs.
-        calibration: real fine-tunes to choose the ridge and the shift by; 0: none, and then a ridge must be given.
-        held_out: further ones that only judge; 0: no trust report.
-        repeats: seeds of each real fine-tune.
-        scale: of `"gradex"`: the length of its move over that of the weights.
-    """
-
-    method: Method = "refit"
-    metric: str = "loss"
-    ridge: float | None = None
-    calibration: int = 6
-    held_out: int = 0
-    repeats: int = 1
-    scale: float = 0.4
-
-    def __post_init__(self) -> None:
-        if self.method not in get_args(Method):
-            raise ConfigError(f"method={self.method!r}: choose {', '.join(get_args(Method))}.")
-        if self.calibration == 0 and self.ridge is None and self.method in ("refit", "influence"):
-            raise ConfigError("calibration=0 leaves nothing to choose the ridge by; give ridge=..., or 2 real fine-tunes or more.")
-        if self.calibration < 0 or self.calibration == 1 or self.held_out < 0 or 0 < self.held_out < 3 or self.repeats < 1:
+        Raises:
+            ConfigError: there are not so many different ones.
+        """
+        if self.file is not None or self.design == "leave-one-out":
+            drawn = self.draw(groups)
+            drawn = drawn.take(torch.randperm(len(drawn), generator=torch.Generator().manual_seed(self.seed + 1)).tolist())
+        else:
+            drawn = self._random(groups, _DRAWS * count, self.seed + 1)
+        first: dict[tuple[bool, ...], int] = {}
+        for place, own in enumerate(drawn.members.tolist()):
+            first.setdefault(tuple(own), place)
+        if len(first) < count:
             raise ConfigError(
-                f"calibration={self.calibration}, held_out={self.held_out}, repeats={self.repeats}: give 0 or 2 and more to calibrate, "
-                "0 or 3 and more to judge, and 1 repeat or more."
+                f"{count} real fine-tunes need as many different subsets, and there are {len(first)}. Make smaller groups or more subsets, "
+                "or ask for fewer to calibrate and to judge by; few subsets are better fine-tuned on than estimated."
             )
+        return drawn.take(list(first.values())[:count])
+
+    def _random(self, groups: Groups, count: int, seed: int) -> Subsets:
+        if self.design == "bernoulli":
+            return bernoulli(groups, count=count, share=self.share, seed=seed)
+        return fixed_share(groups, count=count, share=self.share, of="rows" if self.design == "rows" else "groups", seed=seed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +102,7 @@ class Estimation:
     Attributes:
         subsets: what they are of.
         predictions: in the metrics' units where there were calibration runs; else as they come.
-        start: the metrics of the model as it is.
+        start: the metrics of the model as it is, measured.
         calibration: by metric; empty without real fine-tunes.
         trust: by metric; empty without held-out fine-tunes.
         settings: JSON.
@@ -132,21 +121,15 @@ class Estimation:
         values = self.predictions.of(metric)
         low, middle, high = values.quantile(torch.tensor([0.0, 0.5, 1.0], dtype=values.dtype)).tolist()
         lines = [f"{len(self.subsets):,} subsets of {len(self.subsets.groups):,} groups; {metric} on {self.predictions.split}"]
-        report = self.trust.get(metric)
+        report, calibration = self.trust.get(metric), self.calibration.get(metric)
         told = f"estimated {low:.4g} to {high:.4g}, median {middle:.4g}; {float(self.start.of(metric)[0]):.4g} as the model is"
         if report is not None:
-            lines += ([told] if report.beats else []) + report.lines()
-        elif metric in self.calibration:
-            own = self.calibration[metric]
-            better = own.error < min(own.constant_error, own.mean_error)
-            lines.append(told if better else "The estimates are worse than a trivial predictor:")
-            lines.append(
-                f"root mean squared error {own.error:.3g} on {own.runs} calibration runs, each held out in turn; the constant predictor "
-                f"{own.constant_error:.3g}, the mean of the others {own.mean_error:.3g}"
-            )
+            lines += [*([told] if report.beats else []), *report.lines()]
         else:
-            lines.append("not compared with any real fine-tune: only the order of subsets may mean something. Give --calibration 6.")
-        if metric in self.calibration and self.calibration[metric].at_edge:
+            if self.settings["held_out"]:
+                lines.append("No report: the metric does not move in the held-out fine-tunes, or is 0 in one of them.")
+            lines += judgement(calibration, told)
+        if calibration is not None and calibration.at_edge:
             lines.append("The best ridge is the least or greatest that was tried.")
         return lines
 
@@ -165,8 +148,26 @@ class Estimation:
         """Write `subsets.json`, `estimates.parquet` (subset, metric, value) and, last, `estimate.json` into a folder."""
         folder.mkdir(parents=True, exist_ok=True)
         self.subsets.save(folder / "subsets.json")
-        write_table_atomic(folder / "estimates.parquet", pa.Table.from_pylist(self.predictions.table()))
+        names, values = self.predictions.metrics, self.predictions.values
+        columns = {
+            "subset": torch.arange(len(values)).repeat_interleave(len(names)).numpy(),
+            "metric": list(names) * len(values),
+            "value": values.flatten().numpy(),
+        }
+        write_table_atomic(folder / "estimates.parquet", pa.table(columns))
         write_json_atomic(folder / "estimate.json", self.to_json())
+
+
+def judgement(calibration: Calibration | None, told: str) -> list[str]:
+    """Return `told`, a sentence with estimates, only where calibration runs were predicted better than by a trivial predictor, and why."""
+    if calibration is None:
+        return ["not compared with any real fine-tune: only the order of subsets may mean something. Give --calibration 6."]
+    better = calibration.error < min(calibration.constant_error, calibration.mean_error)
+    return [
+        told if better else "The estimates are worse than a trivial predictor:",
+        f"root mean squared error {calibration.error:.3g} on {calibration.runs} calibration runs, each held out in turn; the constant "
+        f"predictor {calibration.constant_error:.3g}, the mean of the others {calibration.mean_error:.3g}",
+    ]
 
 
 def estimate(
@@ -176,6 +177,7 @@ def estimate(
     gradients: GradientSettings,
     subsets: SubsetSettings,
     settings: EstimateSettings,
+    batch_size: Size = "auto",
     overwrite: bool = False,
     **running: Unpack[Running],
 ) -> Estimation:
@@ -185,114 +187,31 @@ def estimate(
         attributor: of the recipe's model, the one to be linearised at: trained on all rows, or on few steps of them.
         recipe: with `retraining`, where real fine-tunes are asked for.
         gradients, subsets, settings: what is measured, of which subsets, and how.
+        batch_size: rows at a time; changes no result beyond rounding.
         overwrite: measure gradients anew.
         running: of real fine-tunes; see `whence.evaluate.retrain.Running`.
 
     Raises:
         ConfigError: settings that cannot be used, or a recipe that has not what they need. Others of `Attributor.linearise`.
     """
-    linear = linearise_recipe(attributor, recipe, gradients, overwrite=overwrite)
+    several = settings.calibration + settings.held_out
+    check_recipe(recipe, by=gradients.by, metric=settings.metric, fine_tunes=several > 0)
+    linear = linearise_recipe(attributor, recipe, gradients, batch_size=batch_size, overwrite=overwrite)
     drawn = subsets.draw(linear.groups)
-    real, several = None, settings.calibration + settings.held_out
-    if several:
-        chosen = subsets.draw(linear.groups, count=several, seed=subsets.seed + 1)
-        real = fine_tune(recipe, linear, chosen, repeats=settings.repeats, seed=subsets.seed, **running)
-    calibrations = {} if real is None or not settings.calibration else calibrated(linear, real.take(range(settings.calibration)), settings)
-    options = calibrations[settings.metric].options if settings.metric in calibrations else raw_options(linear, settings)
-    found = in_units(raw_estimates(linear, drawn, options, settings), calibrations)
-    judged = {}
-    if real is not None and settings.held_out:
-        rest = real.take(range(settings.calibration, several))
-        judged = judge(linear, rest, options, settings, calibrations)
+    chosen = subsets.draw_real(linear.groups, several) if several else None
+    evidence = gather(recipe, linear, chosen, settings, seed=subsets.seed, **running)
+    with attributor.stages.stage("Refit"):
+        found = in_units(raw_estimates(linear, drawn, evidence.options, settings), evidence.calibration)
     return Estimation(
         subsets=drawn,
         predictions=found,
-        start=at_the_start(linear),
-        calibration=calibrations,
-        trust=judged,
+        start=linear.start,
+        calibration=evidence.calibration,
+        trust=evidence.trust,
         settings={
             **{name: str(value) if isinstance(value, Path) else value for name, value in asdict(subsets).items()},
             **asdict(settings),
             "gradients": asdict(gradients),
-            "options": options.to_json(),
+            "options": evidence.options.to_json(),
         },
     )
-
-
-def raw_estimates(linear: Linear, subsets: Subsets, options: RefitOptions, settings: EstimateSettings) -> Predictions:
-    """Return estimates of subsets before any shift."""
-    if settings.method == "gradex":
-        w = gradex(linear.train, subsets.example_masks(), _gradex(linear, settings))
-    else:
-        w = refit_groups(linear.train, linear.groups.numbers, subsets.members, options).w
-    return predict(linear.target, w)
-
-
-def calibrated(linear: Linear, real: FineTunes, settings: EstimateSettings) -> dict[str, Calibration]:
-    """Choose the ridge by one metric, and for every metric what is added to an estimate."""
-    start = at_the_start(linear)
-    base = raw_options(linear, settings)
-    made: dict[RefitOptions, Predictions] = {}
-
-    def estimates(options: RefitOptions) -> Predictions:
-        if options not in made:
-            made[options] = raw_estimates(linear, real.subsets, options, settings)
-        return made[options]
-
-    several = settings.ridge is None and settings.method in ("refit", "influence")
-    candidates = ridge_grid(base, ridges(linear), steps=(base.steps,)) if several else [base]
-    found: dict[str, Calibration] = {}
-    for metric in (settings.metric, *(name for name in start.metrics if name != settings.metric)):
-        found[metric] = calibrate(
-            lambda options, metric=metric: estimates(options).of(metric),  # type: ignore[misc]
-            real.metric(metric),
-            candidates,
-            constant=float(start.of(metric)[0]),
-            adjust=("none", "shift") if len(real.subsets) < 6 else ("none", "shift", "affine"),
-        )
-        candidates = [found[settings.metric].options]  # the others take its ridge
-    return found
-
-
-def judge(
-    linear: Linear, real: FineTunes, options: RefitOptions, settings: EstimateSettings, calibrations: dict[str, Calibration]
-) -> dict[str, Trust]:
-    """Return a trust report of every metric, from fine-tunes that nothing was chosen by."""
-    found, start = in_units(raw_estimates(linear, real.subsets, options, settings), calibrations), at_the_start(linear)
-    reports = {}
-    for metric in found.metrics:
-        mean = calibrations[metric].mean if metric in calibrations else None
-        measured = real.metric(metric)
-        if bool((measured.mean(1) == measured.mean()).all()) or bool((measured.mean(1) == 0).any()):
-            continue  # a metric that does not move, or is 0, has no such report
-        reports[metric] = trust(found.of(metric), measured, constant=float(start.of(metric)[0]), mean=mean)
-    return reports
-
-
-def in_units(found: Predictions, calibrations: dict[str, Calibration]) -> Predictions:
-    """Return estimates with what calibration adds to them."""
-    columns = [calibrations[name].apply(found.of(name)) if name in calibrations else found.of(name) for name in found.metrics]
-    return replace(found, values=torch.stack(columns, 1))
-
-
-def ridges(linear: Linear) -> Sequence[float]:
-    """Return the ridges that are tried: around the mean curvature of all training rows, per direction."""
-    return [float(_curvature(linear)) * 10 ** (power / 2) for power in range(-8, 9)]
-
-
-def _curvature(linear: Linear) -> Tensor:
-    train = linear.train
-    weights = train.weights.double() * row_curvature(train.outputs.double(), "logistic")
-    return (weights[:, None] * train.gradients.double().square()).sum() / train.dimensions
-
-
-def raw_options(linear: Linear, settings: EstimateSettings) -> RefitOptions:
-    """Return how refits are done where no real fine-tune chooses: with the ridge that is given, or one of the curvature's size."""
-    if settings.method == "gradient":
-        return RefitOptions(ridge=float(_curvature(linear)) * _FLAT, steps=1)
-    return RefitOptions(ridge=settings.ridge or float(_curvature(linear)), steps=_STEPS.get(settings.method))
-
-
-def _gradex(linear: Linear, settings: EstimateSettings) -> GradexOptions:
-    """Return the published recipe with its lengths in projected space, where the weights' own are not known."""
-    return GradexOptions(weight_norm=1.0, parameters=linear.train.dimensions, scale=settings.scale)

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Unpack
+from typing import Any, Unpack, cast, get_args
 
 import torch
 from torch import Tensor
 
 from whence.attributor import Attributor
 from whence.errors import ConfigError, DataError
+from whence.evaluate.embeddings import only_looking
 from whence.evaluate.retrain import Running, retrain_bank
 from whence.evidence.retraining import measure_of, procedure_of
+from whence.recipes.answers import option_losses
 from whence.recipes.base import Options, Recipe
 from whence.refit.linear import Linearised
-from whence.refit.predict import Metric, OptionRows, Predictions, Target, predict
-from whence.refit.projection import Kind
+from whence.refit.predict import Metric, OptionRows, Predictions, Target, chosen, predict
+from whence.refit.projection import Kind, ProjectionOptions
 from whence.refit.subsets import Groups, Subsets, gradient_clusters, groups_of, single_groups
-from whence.tasks import CausalLM, Seq2SeqLM
+from whence.runtime.batches import iterate_batches
 from whence.tasks.likelihoods import IGNORE
+from whence.tasks.modelled import ModelledTask
+from whence.workbench import Size
+
+_BATCH = 8  # of forward passes: logits of a large vocabulary are large
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +48,7 @@ class GradientSettings:
 
     def __post_init__(self) -> None:
         clusters(self.by)
+        ProjectionOptions(projection=self.projection, dimension=self.dimension, seed=self.seed)
 
 
 def clusters(by: str) -> int | None:
@@ -68,6 +75,10 @@ class Linear:
         target: validation rows, and their options where they choose from any.
         tokens: trained tokens of each training row, int64 `[example]`.
         query_tokens: those of each query.
+        start: metrics of the model as it is, measured.
+        weight_norm: norm of the parameters that are trained, as they are.
+        parameters: how many parameters gradients are of.
+        directions: how many random directions they were projected to first, where k are chosen from these.
     """
 
     train: Linearised
@@ -75,17 +86,58 @@ class Linear:
     target: Target
     tokens: Tensor
     query_tokens: Tensor
+    start: Predictions
+    weight_norm: float
+    parameters: int
+    directions: int | None
 
 
-def linearise_recipe(attributor: Attributor, recipe: Recipe, settings: GradientSettings, *, overwrite: bool = False) -> Linear:
+def check_recipe(recipe: Recipe, *, by: str, metric: str, fine_tunes: bool) -> None:
+    """Check before any work that a recipe has what estimates need.
+
+    Args:
+        recipe: the recipe.
+        by: of `GradientSettings`.
+        metric: of `Predictions`: `loss`, `accuracy`, `probability`, or one of them as `NAME/GROUP`.
+        fine_tunes: whether real fine-tunes are to be made.
+
+    Raises:
+        ConfigError: it has not.
+    """
+    if by == "column" and recipe.groups is None:
+        raise ConfigError(f"the rows of recipe {recipe.name} are of no group; group them by='cluster:40', or by='row'.")
+    name, slash, group = metric.partition("/")
+    if name not in get_args(Metric):
+        raise ConfigError(f"metric={metric!r}: choose {', '.join(get_args(Metric))}, or one of them for a group of queries, as loss/GROUP.")
+    if name != "loss" and recipe.options is None:
+        raise ConfigError(f"metric={metric!r}: the queries of recipe {recipe.name} choose from no options; choose loss.")
+    if slash and group not in (recipe.query_groups or ()):
+        known = ", ".join(dict.fromkeys(recipe.query_groups or ())) or "none"
+        raise ConfigError(f"metric={metric!r}: no query of recipe {recipe.name} is of group {group!r}; groups of queries: {known}.")
+    if not fine_tunes:
+        return
+    procedure = procedure_of(recipe)
+    if recipe.options is not None and not hasattr(procedure, "with_options"):
+        raise ConfigError(
+            f"the queries of recipe {recipe.name} choose from options, and its retraining measures none; give it a field with_options, as "
+            "whence.recipes.retraining.Retraining has, or a recipe without options."
+        )
+    if measure_of(recipe) not in ("loss", None):
+        raise ConfigError(
+            f"recipe {recipe.name} measures {measure_of(recipe)}, and fine-tunes are compared by loss; open it with --measurement loss."
+        )
+
+
+def linearise_recipe(
+    attributor: Attributor, recipe: Recipe, settings: GradientSettings, *, batch_size: Size = "auto", overwrite: bool = False
+) -> Linear:
     """Measure a recipe's training rows, queries and options; what is in the run folder already is read.
 
     Raises:
         ConfigError: the recipe has no groups, or its rows cannot be measured so. Others of `Attributor.linearise`.
     """
-    if settings.by == "column" and recipe.groups is None:
-        raise ConfigError(f"the rows of recipe {recipe.name} are of no group; group them by='cluster:40', or by='row'.")
-    common: dict[str, Any] = {"per_token": settings.per_token, "overwrite": overwrite}
+    check_recipe(recipe, by=settings.by, metric="loss", fine_tunes=False)
+    common: dict[str, Any] = {"per_token": settings.per_token, "batch_size": batch_size, "overwrite": overwrite}
     train = attributor.linearise(recipe.train, projection=settings.projection, dimension=settings.dimension, seed=settings.seed, **common)
     queries = attributor.linearise(recipe.queries, like=train, **common)
     options = None
@@ -94,7 +146,18 @@ def linearise_recipe(attributor: Attributor, recipe: Recipe, settings: GradientS
         options = OptionRows(linear=linear, query=recipe.options.query, gold=recipe.options.gold)
     target = Target(linear=queries, options=options, groups=recipe.query_groups, query_groups=recipe.query_groups if options else None)
     tokens, query_tokens = (trained_tokens(recipe, rows) for rows in (recipe.train, recipe.queries))
-    return Linear(train=train, groups=_groups(recipe, train, settings), target=target, tokens=tokens, query_tokens=query_tokens)
+    trained = [parameter.detach().double().norm() for parameter in recipe.model.parameters() if parameter.requires_grad]
+    return Linear(
+        train=train,
+        groups=_groups(recipe, train, settings),
+        target=target,
+        tokens=tokens,
+        query_tokens=query_tokens,
+        start=_start(attributor, recipe, predict(target, torch.zeros(1, train.dimensions, dtype=torch.float64)), query_tokens),
+        weight_norm=float(torch.stack(trained).norm()),
+        parameters=sum(attributor.coverage.tracked.values()),
+        directions=None if train.basis is None else len(train.basis),
+    )
 
 
 def _groups(recipe: Recipe, train: Linearised, settings: GradientSettings) -> Groups:
@@ -105,39 +168,32 @@ def _groups(recipe: Recipe, train: Linearised, settings: GradientSettings) -> Gr
 
 
 def trained_tokens(recipe: Recipe, rows: Sequence[Any]) -> Tensor:
-    """Return how many labels of each row are trained, int64 `[row]`; one where a row has one label."""
-    if not isinstance(recipe.task, CausalLM | Seq2SeqLM):
+    """Return how many labels of each row are trained, int64 `[row]`; one where the task does not say."""
+    task = recipe.task
+    if not isinstance(task, ModelledTask):
         return torch.ones(len(rows), dtype=torch.int64)
-    # The first token of a decoder's row is never predicted.
-    first = 1 if isinstance(recipe.task, CausalLM) else 0
-    return torch.tensor([sum(int(label) != IGNORE for label in _labels(row)[first:]) for row in (rows[i] for i in range(len(rows)))])
-
-
-def _labels(row: Any) -> Sequence[int]:
-    found = row.get("labels")
-    return row["input_ids"] if found is None else found
+    batches = iterate_batches(rows, range(len(rows)), batch_size=_BATCH, collate=recipe.collate, device="cpu")
+    return torch.cat([(labels.reshape(len(labels), -1) != IGNORE).sum(1) for labels in (task.targets(batch.data) for batch in batches)])
 
 
 @dataclass(frozen=True, kw_only=True)
-class FineTunes:
-    """Real fine-tunes on subsets.
+class Measured:
+    """Losses of queries and options as models really have them.
 
     Attributes:
-        subsets: what they were made on.
-        losses: mean loss per trained token of every query, float64 `[subset, repeat, query]`.
-        option_losses: the same of every option `[subset, repeat, option]`; None without options.
+        losses: mean loss per trained token of every query, float64 `[..., query]`.
+        option_losses: the same of every option `[..., option]`; None without options.
         options: which these are.
         groups: of each query, or none.
     """
 
-    subsets: Subsets
     losses: Tensor
     option_losses: Tensor | None
     options: Options | None
     groups: Sequence[str] | None
 
     def metric(self, name: str) -> Tensor:
-        """Return a metric of `Predictions`, `[subset, repeat]`.
+        """Return a metric of `Predictions`, `[...]`: the mean over queries, or over those of a group.
 
         Raises:
             ConfigError: it was not measured.
@@ -151,30 +207,30 @@ class FineTunes:
             raise ConfigError(f"metric={name!r}: no query is of group {group!r}.")
         return units[..., inside].mean(-1)
 
+    def _units(self, metric: str) -> Tensor:
+        """Return a metric of every query, `[..., query]`."""
+        if metric == "loss":
+            return self.losses
+        if self.option_losses is None or self.options is None or metric not in get_args(Metric):
+            raise ConfigError(f"metric={metric!r} was not measured: the queries choose from no options.")
+        return chosen(self.option_losses, self.options.query, self.options.gold, cast(Metric, metric))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTunes(Measured):
+    """Real fine-tunes on subsets; losses are `[subset, repeat, query]` and `[subset, repeat, option]`.
+
+    Attributes:
+        subsets: what they were made on.
+    """
+
+    subsets: Subsets
+
     def take(self, places: Sequence[int]) -> FineTunes:
         """Return some of them."""
         some = list(places)
         options = None if self.option_losses is None else self.option_losses[some]
         return replace(self, subsets=self.subsets.take(some), losses=self.losses[some], option_losses=options)
-
-    def _units(self, metric: str) -> Tensor:
-        """Return a metric of every query, `[subset, repeat, query]`."""
-        if metric == "loss":
-            return self.losses
-        if self.option_losses is None or self.options is None or metric not in ("accuracy", "probability"):
-            raise ConfigError(f"metric={metric!r} was not measured: the queries choose from no options.")
-        # Options as rows of one output each, whose loss is what was measured, so that one code judges both sides.
-        outputs = -torch.log(torch.expm1(self.option_losses.clamp(min=1e-12)))
-        count = outputs.shape[-1]
-        found = []
-        for own in outputs.flatten(0, 1).float():
-            linear = Linearised(
-                outputs=own, gradients=torch.zeros(count, 1), example=torch.arange(count), weights=torch.ones(count), examples=count
-            )
-            rows = OptionRows(linear=linear, query=self.options.query, gold=self.options.gold)
-            kind: Metric = "accuracy" if metric == "accuracy" else "probability"
-            found.append(rows.units(torch.zeros(1, 1, dtype=torch.float64), kind)[0])
-        return torch.stack(found).unflatten(0, outputs.shape[:2])
 
 
 def fine_tune(recipe: Recipe, linear: Linear, subsets: Subsets, *, repeats: int, seed: int = 0, **running: Unpack[Running]) -> FineTunes:
@@ -185,10 +241,7 @@ def fine_tune(recipe: Recipe, linear: Linear, subsets: Subsets, *, repeats: int,
     Raises:
         ConfigError: the recipe cannot be trained again, or does not measure its loss.
     """
-    if measure_of(recipe) not in ("loss", None):
-        raise ConfigError(
-            f"recipe {recipe.name} measures {measure_of(recipe)}, and fine-tunes are compared by loss; open it with --measurement loss."
-        )
+    check_recipe(recipe, by="row", metric="loss", fine_tunes=True)
     procedure: Any = procedure_of(recipe)
     if recipe.options is not None:
         procedure = replace(procedure, with_options=True)
@@ -206,6 +259,17 @@ def fine_tune(recipe: Recipe, linear: Linear, subsets: Subsets, *, repeats: int,
     )
 
 
-def at_the_start(linear: Linear) -> Predictions:
-    """Return the metrics of the model as it is, `w = 0`."""
-    return predict(linear.target, torch.zeros(1, linear.train.dimensions, dtype=torch.float64))
+def _start(attributor: Attributor, recipe: Recipe, at_zero: Predictions, query_tokens: Tensor) -> Predictions:
+    """Measure the model as it is: estimates at `w = 0` are not that, where log-odds are averaged over tokens."""
+    found, options = [], None
+    with only_looking(recipe.model, attributor.device):
+        batches = iterate_batches(
+            recipe.queries, range(len(recipe.queries)), batch_size=_BATCH, collate=recipe.collate, device=attributor.device
+        )
+        for batch in batches:
+            found.append(recipe.task.loss(recipe.model, batch.data).double().cpu())
+        if recipe.options is not None and recipe.collate is not None:
+            options = option_losses(recipe.model, recipe.options, recipe.collate, batch_size=_BATCH)
+    losses = torch.cat(found) / query_tokens.double()
+    measured = Measured(losses=losses, option_losses=options, options=recipe.options, groups=recipe.query_groups)
+    return replace(at_zero, values=torch.stack([measured.metric(name) for name in at_zero.metrics])[None])

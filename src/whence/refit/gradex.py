@@ -38,6 +38,8 @@ class GradexOptions:
         weight_norm: norm of the adapter's weights at the start, or of whatever is fine-tuned.
         parameters: how many weights gradients were projected from. A random projection of k rows that keeps lengths on average has
             `|P w|^2 = parameters / k |w|^2` on average, which is what is taken for the length of `P w`.
+        directions: how many random rows were drawn, where the k dimensions are an orthonormal basis of fewer among them
+            (`projection="pca"`); it stands for k in the length. None: k.
         scale: length of the move over `weight_norm`; published values go from 0.02 to 0.5, set by hand.
         inverse_ridge: scikit-learn's C.
         seed: of the random labels; every subset goes on with the same stream.
@@ -46,6 +48,7 @@ class GradexOptions:
 
     weight_norm: float
     parameters: int
+    directions: int | None = None
     scale: float = 0.4
     inverse_ridge: float = 1e-4
     seed: int = 0
@@ -55,6 +58,8 @@ class GradexOptions:
         for name in ("weight_norm", "parameters", "scale", "inverse_ridge"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: give a number above 0.")
+        if self.directions is not None and self.directions < 1:
+            raise ConfigError(f"directions={self.directions!r}: give 1 or more, or None.")
         if not 0 < self.positive < 1:
             raise ConfigError(f"positive={self.positive!r}: give a probability between 0 and 1.")
 
@@ -101,5 +106,5 @@ def gradex(linear: Linearised, members: Tensor, options: GradexOptions) -> Tenso
         DataError: as for `gradex_directions`.
     """
     directions = gradex_directions(linear, members, options)
-    lengths = directions.norm(dim=1, keepdim=True) * math.sqrt(options.parameters / linear.dimensions)
+    lengths = directions.norm(dim=1, keepdim=True) * math.sqrt(options.parameters / (options.directions or linear.dimensions))
     return directions * (options.scale * options.weight_norm / torch.where(lengths > 0, lengths, 1.0))

@@ -60,16 +60,26 @@ class OptionRows:
 
         Where options tie for the least loss, gold among them, a query has its share: 1 over how many tie.
         """
-        scores = -self.linear.loss(w)
-        index = self.query.to(w.device).expand_as(scores)
-        empty = scores.new_zeros(*scores.shape[:-1], self.queries)
-        top = torch.full_like(empty, -torch.inf).scatter_reduce(-1, index, scores, "amax")
-        if metric == "accuracy":
-            first = (scores >= top.gather(-1, index)).to(w)
-            tied = empty.scatter_add(-1, index, first)
-            return empty.scatter_add(-1, index, first * self.gold.to(w)) / tied
-        mass = (scores - top.gather(-1, index)).exp()
-        return empty.scatter_add(-1, index, mass * self.gold.to(w)) / empty.scatter_add(-1, index, mass)
+        return chosen(self.linear.loss(w), self.query, self.gold, metric)
+
+
+def chosen(losses: Tensor, query: Tensor, gold: Tensor, metric: Metric) -> Tensor:
+    """Return `accuracy` or `probability` of every query, `[..., query]`, of the options' mean token losses `[..., option]`.
+
+    Args:
+        losses: of options, estimated or measured.
+        query, gold: as of `OptionRows`.
+        metric: which.
+    """
+    scores, right = -losses, gold.to(losses)
+    index = query.to(losses.device).expand_as(scores)
+    empty = scores.new_zeros(*scores.shape[:-1], int(query.max()) + 1)
+    top = torch.full_like(empty, -torch.inf).scatter_reduce(-1, index, scores, "amax")
+    if metric == "accuracy":
+        first = (scores >= top.gather(-1, index)).to(losses)
+        return empty.scatter_add(-1, index, first * right) / empty.scatter_add(-1, index, first)
+    mass = (scores - top.gather(-1, index)).exp()
+    return empty.scatter_add(-1, index, mass * right) / empty.scatter_add(-1, index, mass)
 
 
 @dataclass(frozen=True, kw_only=True)
