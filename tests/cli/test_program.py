@@ -19,7 +19,7 @@ import pytest
 import finetuned
 import whence
 from commands import done
-from whence.cli import options
+from whence.cli import options, options_refit
 from whence.cli.main import EXAMPLES, VERBS
 
 # Verbs that do not end by themselves; tests/serve/test_process.py runs them.
@@ -72,7 +72,12 @@ def test_a_group_of_verbs_lists_them(run: Any) -> None:
 
 def test_every_option_has_help() -> None:
     """A field without a docstring would be an option that nobody explains."""
-    groups = [value for name, value in vars(options).items() if name.endswith("Options") and is_dataclass(value)]
+    groups = [
+        value
+        for module in (options, options_refit)
+        for name, value in vars(module).items()
+        if name.endswith("Options") and is_dataclass(value)
+    ]
     assert groups
     for group in groups:
         # Some inherit their fields from settings of the library.

@@ -19,6 +19,7 @@ from whence.cli import attribute, evaluate, index, output
 from whence.cli.clean import clean
 from whence.cli.config import read_config
 from whence.cli.demo import demo
+from whence.cli.estimate import estimate, select
 from whence.cli.plan import plan
 from whence.cli.query import query
 from whence.cli.report import report
@@ -44,6 +45,8 @@ EXAMPLES = {
     "evaluate tail-patch": "whence evaluate tail-patch digits --scores ekfac",
     "evaluate duplicates": "whence evaluate duplicates digits",
     "clean": "whence clean digits --fraction 0.05 --out cleaned.parquet",
+    "estimate": "whence estimate digits --by cluster:10 --subsets 200 --calibration 2",
+    "select": "whence select digits --by cluster:10 --calibration 2 --out selected.parquet",
     "report": "whence report runs/digits --out report.html",
     "demo": "whence demo --out runs/demo",
 }
@@ -69,6 +72,8 @@ VERBS: dict[str, Callable[..., None]] = {
     "query": query,
     **{f"evaluate {name}": verb for name, verb in evaluate.VERBS.items()},
     "clean": clean,
+    "estimate": estimate,
+    "select": select,
     "report": report,
     "serve": serve,
     "demo": demo,

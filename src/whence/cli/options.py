@@ -77,7 +77,7 @@ class RetrainOptions:
     """How models are trained again."""
 
     repeats: Count | None = None
-    """Trainings of each set of rows, with different seeds. Default: 5, for counterfactual and clean 3."""
+    """Trainings of each set of rows, with different seeds. Default: 5, for counterfactual and clean 3, for estimate and select 1."""
 
     jobs: int = 1
     """Trainings at a time; -1 uses every core."""
