@@ -79,3 +79,12 @@ def test_what_cannot_be_fit() -> None:
         GradexOptions(weight_norm=1.0, parameters=1, scale=0.0)
     with pytest.raises(ConfigError, match="positive=1"):
         GradexOptions(weight_norm=1.0, parameters=1, positive=1.0)
+
+
+def test_a_basis_among_more_directions_is_as_long_as_these_make_it() -> None:
+    linear, members = drawn(), torch.rand(2, 60) < 0.5
+    options = GradexOptions(weight_norm=2.0, parameters=500, scale=0.1, directions=20)
+    # Columns of the basis are orthonormal: |P B w| = sqrt(500 / 20) |w|.
+    assert torch.allclose(gradex(linear, members, options).norm(dim=1) * 5, torch.full((2,), 0.2, dtype=torch.float64))
+    with pytest.raises(ConfigError, match="directions=0"):
+        GradexOptions(weight_norm=1.0, parameters=1, directions=0)
