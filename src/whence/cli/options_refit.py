@@ -64,7 +64,7 @@ class SubsetOptions:
         """Return the options as the library takes them, checked."""
         from whence.evidence.estimating import SubsetSettings
 
-        given = {"count": self.subsets, "share": self.share, "design": self.design}
+        given: dict[str, Any] = {"count": self.subsets, "share": self.share, "design": self.design}
         named = {name: value for name, value in given.items() if value is not None}
         if self.subsets_file is not None and named:
             raise ConfigError("--subsets-file says which subsets there are; leave --subsets, --share and --design out.")
@@ -111,7 +111,7 @@ class EstimateOptions(RealOptions):
 
         if self.scale is not None and self.method != "gradex":
             raise ConfigError(f"--scale is for --method gradex; {self.method} moves as far as its ridge allows. Leave it out.")
-        scale = {} if self.scale is None else {"scale": self.scale}
+        scale: dict[str, Any] = {} if self.scale is None else {"scale": self.scale}
         return EstimateSettings(**self.given(), **scale, method=self.method, repeats=repeats)
 
 
