@@ -81,3 +81,23 @@ def test_what_cannot_be_compared() -> None:
         trust(torch.ones(3), torch.tensor([1.0, 0.0, 2.0]), constant=0.0)
     with pytest.raises(DataError, match="not finite"):
         trust(torch.tensor([1.0, math.nan, 2.0]), torch.tensor([1.0, 3.0, 2.0]), constant=0.0)
+
+
+def test_of_a_few_subsets_nothing_is_claimed() -> None:
+    truth = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    found = trust(truth + 0.01, truth, constant=1.0, mean=2.0)
+    assert found.spearman.value == pytest.approx(1)
+    assert not found.beats
+    assert found.verdict.startswith("Do not use the estimates: 4 held-out subsets are too few to tell whether they are better than")
+    assert found.verdict.endswith("give 5 or more.")
+
+
+def test_the_interval_of_the_rank_correlation_is_that_of_resampled_subsets() -> None:
+    truth = torch.randn(12, dtype=torch.float64) + 4
+    predicted = (truth + torch.randn(12)).round(decimals=1)
+    found = trust(predicted, truth, constant=3.0, resamples=2000).spearman
+    generator = torch.Generator().manual_seed(5)
+    drawn = [torch.randint(12, (12,), generator=generator) for _ in range(2000)]
+    samples = torch.tensor([float(spearmanr(predicted[places], truth[places]).statistic) for places in drawn], dtype=torch.float64)
+    low, high = samples.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    assert (found.low, found.high) == (pytest.approx(low, abs=0.08), pytest.approx(high, abs=0.08))

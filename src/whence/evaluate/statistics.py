@@ -17,14 +17,17 @@ def dense_ranks(values: Tensor) -> Tensor:
 
 
 def mid_ranks(dense: Tensor, weights: Tensor) -> Tensor:
-    """Return the ranks `[row, item]`, up to a constant, of items that count `weights[item]` times; `dense` as of `dense_ranks`."""
+    """Return the ranks `[row, item]`, up to a constant, of items that count so many times; `dense` as of `dense_ranks`.
+
+    `weights` are `[item]`, or `[row, item]` where rows have weights of their own.
+    """
     spread = weights.expand(dense.shape).contiguous()
     mass = torch.zeros(dense.shape, dtype=weights.dtype).scatter_add_(1, dense, spread)
     return (mass.cumsum(1) - mass / 2).gather(1, dense)
 
 
 def rank_correlations(left: Tensor, right: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Return Spearman's correlation `[row]` of two matrices `[row, item]` given as dense ranks.
+    """Return Spearman's correlation `[row]` of two matrices `[row, item]` given as dense ranks; `weights` as for `mid_ranks`.
 
     Where `right` has one value only there is none, and the result is NaN. Where only `left` does, it says nothing about
     `right`, and the result is 0.
@@ -32,7 +35,7 @@ def rank_correlations(left: Tensor, right: Tensor, weights: Tensor | None = None
     if weights is None:
         weights = torch.ones(left.shape[1], dtype=torch.float64)
     x, y = mid_ranks(left, weights), mid_ranks(right, weights)
-    total = weights.sum()
+    total = weights.sum(-1, keepdim=True)
     x, y = (ranks - ((ranks * weights).sum(1, keepdim=True) / total) for ranks in (x, y))
     xx, xy, yy = ((weights * product).sum(1) for product in (x * x, x * y, y * y))
     # Ranks are multiples of a half and their variance is at least of order 1 where there are two values.

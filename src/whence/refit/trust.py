@@ -15,8 +15,11 @@ from torch import Tensor
 
 from whence.errors import DataError
 from whence.evaluate.estimates import Estimate, bootstrap_weights, interval_of, mean_estimate
-from whence.evaluate.statistics import bootstrap_means, dense_ranks, rank_correlations, reliability
+from whence.evaluate.statistics import dense_ranks, rank_correlations, reliability
 from whence.runtime import notebook
+
+FEWEST = 5
+"""Of fewer subsets nothing is claimed: chance alone puts 4 in their order once in 24 times, and a bootstrap does not see that."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +67,8 @@ class Trust:
 
     @property
     def beats(self) -> bool:
-        """Whether the estimates are surely better than both trivial predictors: the interval of `gain` lies above 0."""
-        return self.gain.low > 0
+        """Whether estimates are surely better than both trivial predictors: the interval of `gain` over `FEWEST` or more lies above 0."""
+        return self.subsets >= FEWEST and self.gain.low > 0
 
     @property
     def verdict(self) -> str:
@@ -75,6 +78,9 @@ class Trust:
         where = f"{self.subsets} held-out subsets"
         if self.beats:
             return f"The estimates are better than both trivial predictors on {where} ({numbers})."
+        if self.subsets < FEWEST:
+            few = f"{where} are too few to tell whether they are better than {better}"
+            return f"Do not use the estimates: {few} ({numbers}); give {FEWEST} or more."
         if self.spearman.low > 0:
             return (
                 f"Do not use the estimates as numbers: on {where} they are not shown to be better than {better} ({numbers}). "
@@ -163,7 +169,7 @@ def trust(
         constant_rmse=rmse[1],
         mean_rmse=rmse[2],
         gain=interval_of(min(rmse[1:]) ** 2 - rmse[0] ** 2, gains, queries=count),
-        spearman=interval_of(spearman, _rank_samples(left, right, resamples, seed), queries=count),
+        spearman=interval_of(spearman, _rank_samples(left, right, weights), queries=count),
         r2=interval_of(r2, ratios, queries=count),
         rank_reliability=float(reliability(measured[:, :, None])[0]),
         allowed_r2=_allowed(measured),
@@ -172,9 +178,9 @@ def trust(
     )
 
 
-def _rank_samples(left: Tensor, right: Tensor, resamples: int, seed: int) -> Tensor:
-    """Return bootstrap samples of the one row's correlation; a sample with one subset only, many times, has none and is left out."""
-    samples = bootstrap_means(left, right, resamples=resamples, seed=seed)
+def _rank_samples(left: Tensor, right: Tensor, weights: Tensor) -> Tensor:
+    """Return the one row's correlation in bootstrap samples; a sample with one subset only, many times, has none and is left out."""
+    samples = rank_correlations(left.expand(len(weights), -1), right.expand(len(weights), -1), weights * left.shape[1])
     real = samples[~torch.isnan(samples)]
     return real if len(real) else torch.full((2,), torch.nan, dtype=torch.float64)
 
