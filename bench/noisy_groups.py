@@ -28,7 +28,8 @@ from torch import Tensor
 
 from whence.attributor import Attributor
 from whence.evaluate.baselines import bm25_scores
-from whence.evidence.estimating import EstimateSettings, SubsetSettings, raw_estimates, raw_options
+from whence.evidence.calibrating import EstimateSettings, raw_estimates, raw_options
+from whence.evidence.estimating import SubsetSettings
 from whence.evidence.first_order import GradientSettings, Linear, linearise_recipe
 from whence.recipes.base import Recipe, load_recipe
 from whence.refit.problem import Problem
@@ -79,7 +80,8 @@ def judged(linear: Linear, recipe: Recipe, ridge: float | None) -> dict[str, Ten
     halves = SubsetSettings(design="bernoulli", count=1000, seed=0).draw(groups)
     found: dict[str, Tensor] = {}
     for method in ("refit", "influence", "gradient", "gradex"):
-        settings = EstimateSettings(method=method, ridge=ridge, calibration=0 if ridge else 2)
+        own = ridge if method in ("refit", "influence") else None  # the others have none
+        settings = EstimateSettings(method=method, ridge=own, calibration=0 if own else 2)
         outcomes = raw_estimates(linear, halves, raw_options(linear, settings), settings).of("loss")
         found[f"{method}, ensemble"] = -conditional_means(members, outcomes, sign=-1.0, resamples=2).values
     settings = EstimateSettings(ridge=ridge, calibration=0 if ridge else 2)
