@@ -33,7 +33,7 @@ from whence.recipes.retraining import START, Retraining
 from whence.recipes.rows import DATA_VARIABLE, Row
 from whence.recipes.settings import DataSettings, TrainingSettings, data_settings, to_json
 from whence.recipes.splits import collate_of, encode_train, fingerprint_raw, read_queries, read_train, task_of
-from whence.recipes.start import adapted, make_start, settle_lora
+from whence.recipes.start import adapted, make_start, outline, settle_lora
 from whence.recipes.training import Trained, freeze, snapshot_file, train_model
 from whence.recipes.unfinished import is_unfinished, unfinished
 from whence.runtime.device import resolve_device
@@ -80,7 +80,7 @@ def train_recipe(
     model, tokenizer = make_start(family, raw, data, training)
     training = settle_lora(training, model)
     fingerprint = fingerprint_raw(family, data, raw)
-    made_of = _made_of(family, data, training) | {"snapshots": snapshots, "rows": fingerprint, "start": fingerprint_model(model)}
+    made_of = _made_of(family, data, training, snapshots) | {"rows": fingerprint, "start": fingerprint_model(model)}
     with unfinished(folder, made_of, overwrite=overwrite) as place:
         with explain_write_errors(folder):
             (folder / RECORD).unlink(missing_ok=True)  # the record is written last: without it, the folder is unfinished
@@ -95,7 +95,8 @@ def train_recipe(
         with explain_write_errors(folder):
             _keep(folder, trained)
             record = to_record(family, data, training, trained, len(rows))
-            write_json_atomic(folder / RECORD, record | {"train_fingerprint": fingerprint})
+            more = {"train_fingerprint": fingerprint, "made_with": _made_with(training, snapshots)}
+            write_json_atomic(folder / RECORD, record | more)
     return open_finetuned(family, folder, DataSettings())
 
 
@@ -116,21 +117,35 @@ def _settled(family: Family, data: DataSettings, training: TrainingSettings) -> 
     return data, training.over(family.defaults(data, training.preset))
 
 
-def is_trained(family: Family, folder: Path, data: DataSettings, training: TrainingSettings) -> bool:
-    """Return whether a folder holds a model that was trained with what is said in these settings."""
-    record = read_record(family, folder)
+def is_trained(family: Family, folder: Path, data: DataSettings, training: TrainingSettings, *, snapshots: int = 4) -> bool:
+    """Return whether a folder holds a model whose training has ended, and was of these settings once what is None is filled in.
+
+    Whether its rows are still the same is found when it is opened.
+
+    Raises:
+        ConfigError: settings that cannot be used, or a model of another recipe.
+    """
+    record = read_record(family, folder) if (folder / RECORD).is_file() else None
     if record is None:
         return False
     data, training = _settled(family, data, training)
-    asked = json.loads(json.dumps({"data": lasting(data), "training": to_json(training)}))
-    return all(record[part].get(name) == value for part, values in asked.items() for name, value in values.items() if value is not None)
+    training = settle_lora(training, None if training.lora_rank is None else outline(family, folder / START))
+    asked = json.loads(json.dumps(_made_of(family, data, training, snapshots)))
+    found = {"recipe": record["recipe"], **record["data"], **record["training"], **record.get("made_with", {})}
+    if "made_with" not in record:  # of an earlier version of whence, which did not write it
+        asked = {name: value for name, value in asked.items() if name not in _made_with(training, snapshots)}
+    return all(found.get(name) == value for name, value in asked.items())
 
 
-def _made_of(family: Family, data: DataSettings, training: TrainingSettings) -> dict[str, Any]:
+def _made_of(family: Family, data: DataSettings, training: TrainingSettings, snapshots: int) -> dict[str, Any]:
     """Return the settings and versions that a training depends on, by name."""
+    return {"recipe": family.name, **lasting(data), **to_json(training), **_made_with(training, snapshots)}
+
+
+def _made_with(training: TrainingSettings, snapshots: int) -> dict[str, Any]:
+    """Return what a training depends on besides its settings: how many snapshots are asked for, and versions of packages."""
     packages = ("torch", "transformers", "accelerate", *(() if training.lora_rank is None else ("peft",)))
-    versions = {name: need(name).__version__ for name in packages}
-    return {"recipe": family.name, **lasting(data), **to_json(training), **versions}
+    return {"snapshots": snapshots, **{name: need(name).__version__ for name in packages}}
 
 
 def _save(folder: Path, model: Any, tokenizer: Any) -> None:

@@ -33,17 +33,19 @@ def train_runs(
     data: DataSettings,
     training: TrainingSettings,
     overwrite: bool = False,
+    snapshots: int = 4,
     **options: Any,
 ) -> list[Recipe]:
     """Train `runs` models into `folder/run-0`, `run-1`, ..., of which each has a seed one higher; return their recipes.
 
-    Broken off anywhere, the same call goes on: runs that have ended are kept, if they are of the same settings.
+    Broken off anywhere, the same call goes on: runs that have ended are kept, if they are of the same settings, also of
+    those that are left to the recipe, and of the same versions of packages.
 
     Args:
         family: the recipe.
         folder: a folder of such runs.
         runs: how many.
-        data, training, overwrite, options: as for `train_recipe`; the seed is that of the first run.
+        data, training, overwrite, snapshots, options: as for `train_recipe`; the seed is that of the first run.
 
     Raises:
         ConfigError: as of `train_recipe`, or `runs` is no whole number of 1 or more.
@@ -53,8 +55,9 @@ def train_runs(
     found = []
     for number in range(runs):
         place, own = run_folder(folder, number), replace(training, seed=training.seed + number)
-        if not overwrite and is_trained(family, place, data, own):
+        if not overwrite and is_trained(family, place, data, own, snapshots=snapshots):
             found.append(open_finetuned(family, place, DataSettings()))
         else:
-            found.append(train_recipe(family, place, data=data, training=own, overwrite=overwrite, **options))
+            chosen: dict[str, Any] = {"overwrite": overwrite, "snapshots": snapshots, **options}
+            found.append(train_recipe(family, place, data=data, training=own, **chosen))
     return found

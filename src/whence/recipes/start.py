@@ -78,6 +78,14 @@ def load_start(family: Family, folder: Path, training: TrainingSettings) -> Any:
         return adapted(getattr(transformers, auto_of(family, config)).from_pretrained(folder), training)
 
 
+def outline(family: Family, folder: Path) -> Any:
+    """Return the model of a folder without its weights, to look up the names of its layers."""
+    transformers = need("transformers")
+    config = transformers.AutoConfig.from_pretrained(folder)
+    with quiet(transformers), torch.device("meta"):
+        return _seeded(0, lambda: getattr(transformers, auto_of(family, config)).from_config(config))
+
+
 def _pretrained(transformers: Any, family: Family, head: dict[str, Any], training: TrainingSettings) -> tuple[Any, Any]:
     name = str(training.model)
     if (Path(name) / "adapter_config.json").is_file():
