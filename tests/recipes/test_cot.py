@@ -58,6 +58,31 @@ def test_rows_that_are_no_question(row: Any, message: str) -> None:
         COT.pair(row, 2, DataSettings())
 
 
+@pytest.mark.parametrize(
+    ("choices", "answer", "expected"),
+    [
+        (["1", "2", "3"], {"answer": "2"}, "2"),  # a text
+        (["1", "2", "3"], {"answer": 2}, "3"),  # a place
+        (["sea", "sun"], {"answer": "1"}, "sun"),
+        (["sea", "True"], {"answer": True}, "True"),
+        ([1, 2, 3], {"answer": "2"}, "2"),
+        ({"label": ["1", "2"], "text": ["2", "5"]}, {"answerKey": "2"}, "5"),  # a label, as the column says
+        ({"label": ["1", "2"], "text": ["2", "5"]}, {"answer": "5"}, "5"),
+        ([1, 2, 3], {"answer": 2}, None),
+        ({"label": ["1", "2"], "text": ["2", "5"]}, {"answer": "2"}, None),
+        (["sea", "sun"], {"answer": True}, None),
+        (["sea", "sun"], {"answer": 2}, None),
+    ],
+)
+def test_a_choice_by_its_text_label_or_place(choices: Any, answer: dict[str, Any], expected: str | None) -> None:
+    row = {"question": "Which?", "choices": choices, "rationale": "So.", **answer}
+    if expected is None:
+        with pytest.raises(DataError, match=r"row 0 has the answer .*, which is (none of its choices|a choice's text and another's)"):
+            COT.pair(row, 0, DataSettings())
+    else:
+        assert (COT.pair(row, 0, DataSettings()).more or {})["answer"] == expected
+
+
 def test_every_rationale_is_a_training_row(tmp_path: Path) -> None:
     rows = [{**STRATEGY, "rationale": ["One.", "Two.", "Three."]}, {**STRATEGY, "qid": "q2"}]
     _, _, train, queries, _ = started("cot", data=own(tmp_path, rows, rows))

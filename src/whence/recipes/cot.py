@@ -131,17 +131,32 @@ def _answer(row: Row, number: int) -> str:
     """Return the answer as it is said."""
     choices, key = _choices(row, number), row.get("answerKey", row.get("answer"))
     if choices:
-        named = {**{text: text for _, text in choices}, **dict(choices)}
-        if str(key) not in named:
-            raise DataError(
-                f"row {number} has the answer {key!r}, which is none of its choices ({', '.join(label for label, _ in choices)})."
-            )
-        return named[str(key)]
+        return _chosen(row, number, choices, key)
     if isinstance(key, bool):
         return _TRUTH[key]
     if not isinstance(key, str | int | float):
         raise DataError(f"row {number} has no answer; it has the columns {', '.join(map(str, row))}. {_EXPECTED}")
     return str(key)
+
+
+def _chosen(row: Row, number: int, choices: list[tuple[str, str]], key: Any) -> str:
+    """Return the text of the choice that an answer names: by its text or label, or by its place in a list of texts without labels."""
+    labels, said = dict(choices), str(key)
+    by_label, by_text = labels.get(said), said if said in labels.values() else None
+    listed = isinstance(row["choices"], list)
+    if listed and isinstance(key, str) and by_text is not None:
+        return by_text  # a number among texts that are numbers is one of them, not a place
+    clear = listed and key not in row["choices"]  # a number that is no text can only be a place
+    clear = clear or (not listed and row.get("answerKey") is not None)  # that column is of labels
+    if by_label is not None and by_text is not None and by_label != by_text and not clear:
+        raise DataError(
+            f"row {number} has the answer {key!r}, which is a choice's text and another's {'place' if listed else 'label'}. "
+            f"Give labels under label, and the true one under answerKey."
+        )
+    found = by_text if by_label is None else by_label
+    if found is None:
+        raise DataError(f"row {number} has the answer {key!r}, which is none of its choices ({', '.join(labels)}).")
+    return found
 
 
 def _answers(row: Row, number: int) -> list[str]:
