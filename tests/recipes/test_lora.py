@@ -229,3 +229,35 @@ def test_layers_that_are_not_there() -> None:
     with pytest.raises(ConfigError, match=r"lora_targets='even' names no linear layer; Sequential has linear layers named odd\."):
         lora_targets(model, ("even",))
     assert lora_targets(model, ("odd",)) == ("odd",)
+
+
+QUERY_KEY_VALUE = ("q_proj", "k_proj", "v_proj")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "expected"),
+    [
+        ("gpt2", ("c_attn", "c_proj", "c_fc")),
+        ("gpt_neo", QUERY_KEY_VALUE),  # its feed-forward layers are named as GPT-2's
+        ("llama", QUERY_KEY_VALUE),
+        ("mistral", QUERY_KEY_VALUE),
+        ("opt", QUERY_KEY_VALUE),
+        ("bart", QUERY_KEY_VALUE),
+        ("gpt_neox", ("query_key_value",)),
+        ("bloom", ("query_key_value",)),
+        ("falcon", ("query_key_value",)),
+        ("t5", ("q", "k", "v")),
+        ("mt5", ("q", "k", "v")),
+        ("bert", ("query", "key", "value")),
+        ("roberta", ("query", "key", "value")),
+        ("electra", ("query", "key", "value")),
+        ("deberta-v2", ("query_proj", "key_proj", "value_proj")),
+        ("distilbert", ("q_lin", "k_lin", "v_lin")),
+    ],
+)
+def test_the_usual_layers_of_every_architecture(architecture: str, expected: tuple[str, ...]) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.AutoConfig.for_model(architecture)
+    with torch.device("meta"):
+        model = transformers.AutoModel.from_config(config)
+    assert lora_targets(model, None) == expected

@@ -16,15 +16,15 @@ from whence.pretrained.kinds import kind_of, need
 from whence.tasks import MultipleChoice
 from whence.tasks.hugging_face import bare
 
-# Last names of the layers that get an adapter, by architecture: the first set that a model has.
-_TARGETS = (
-    ("c_attn", "c_proj", "c_fc"),  # GPT-2
-    ("query_key_value",),  # GPT-NeoX, Bloom, Falcon
-    ("q_proj", "k_proj", "v_proj"),  # Llama, GPT-Neo, OPT, BART
-    ("q", "k", "v"),  # T5
-    ("query", "key", "value"),  # BERT, RoBERTa
-    ("q_lin", "k_lin", "v_lin"),  # DistilBERT
-)
+# Last names of the layers that get an adapter, by the architecture's name in its configuration (`model_type`).
+_TARGETS = {
+    **dict.fromkeys(("gpt2", "gpt_bigcode"), ("c_attn", "c_proj", "c_fc")),
+    **dict.fromkeys(("gpt_neox", "bloom", "falcon"), ("query_key_value",)),
+    **dict.fromkeys(("t5", "mt5", "longt5", "umt5"), ("q", "k", "v")),
+    "distilbert": ("q_lin", "k_lin", "v_lin"),
+}
+# Of all others, the first set that a model has whole: Llama, Mistral, Qwen, GPT-Neo, OPT, BART; BERT, RoBERTa, ELECTRA; DeBERTa.
+_USUAL = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("query_proj", "key_proj", "value_proj"))
 
 
 @contextmanager
@@ -49,10 +49,12 @@ def lora_targets(model: nn.Module, asked: Sequence[str] | None) -> tuple[str, ..
         if missing:
             raise ConfigError(f"lora_targets={missing[0]!r} names no linear layer; {have}.")
         return tuple(asked)
-    found = next((names for names in _TARGETS if kinds.keys() & set(names)), None)
+    inner: Any = bare(model)
+    named = _TARGETS.get(str(getattr(getattr(inner, "config", None), "model_type", None)))
+    found = next((names for names in (named, *_USUAL) if names is not None and kinds.keys() >= set(names)), None)
     if found is None:
         raise ConfigError(f"which layers get adapters is not known of this architecture: {have}. Give --lora-targets.")
-    return tuple(name for name in found if name in kinds)
+    return found
 
 
 def add_lora(model: nn.Module, *, rank: int, alpha: float, dropout: float, targets: Sequence[str], seed: int) -> Any:
