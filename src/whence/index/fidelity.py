@@ -13,7 +13,10 @@ QUERIES, ROWS, BEST = 16, 256, 10
 
 @dataclass(frozen=True, kw_only=True)
 class Fidelity:
-    """Agreement with exact scores.
+    """Agreement of the scores of rows as they are stored with exact ones.
+
+    Which rows a query reads is not in it: it is measured on rows that are all read, without the coarse vectors of triplets and
+    without an approximate index, which may miss some of the best (docs/results/index.md; `nprobe=0` reads all rows).
 
     Attributes:
         spearman: rank correlation over the rows, mean over the queries. least: that of the worst query.
