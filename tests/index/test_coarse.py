@@ -14,9 +14,11 @@ import whence
 from breaking import broken_off
 from cases import case_named
 from whence.index import coarse, writer
+from whence.index import index as index_module
 from whence.index.factors import FactorRows
 from whence.index.index import Index
 from whence.index.names import COARSE
+from whence.storage.shards import ShardStore
 
 MLP = case_named("mlp")
 ROWS, QUERIES = MLP.data()
@@ -66,38 +68,77 @@ def test_with_all_rows_as_landmarks_the_products_are_the_scores(monkeypatch: pyt
     torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3 * float(expected.abs().max()))
 
 
-def test_a_question_finds_what_reading_all_rows_finds() -> None:
-    index = fitted().index(ROWS, **WHOLE)
-    assert COARSE in index._stored.store.names
-    projection, held = asked(index)
-    assert coarse.promising(index._stored, projection, held, 1) is None  # so few rows are all read
-    one = index.query(QUERIES, k=1, rescore=0, query_rows=[0])
-    everything = index.query(QUERIES, k=1, rescore=0, query_rows=[0], nprobe=0)
-    assert one.top() == everything.top()
-    assert one.bottom() == everything.bottom()
-
-
-def test_only_promising_rows_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    index = fitted().index(ROWS, **WHOLE)
-    index.delete([3])
+def test_a_question_finds_what_reading_all_rows_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the coarse vectors, which name some of the rows, of all numbers that the landmarks have; deleted rows are not found."""
+    many = MLP.rows(torch.Generator().manual_seed(3), 60)
+    index = fitted().index(many, **WHOLE)
+    best = index.query(QUERIES, k=1, rescore=0, query_rows=[0], nprobe=0).top()[0][0]
+    index.delete([best])
     read: list[int] = []
     of_some = FactorRows.at
-    monkeypatch.setattr(FactorRows, "at", lambda self, rows, places: read.append(len(places)) or of_some(self, rows, places))  # type: ignore[func-returns-value]
-    monkeypatch.setattr(coarse, "promising", lambda stored, projection, held, several: coarse_places(stored, projection, held))
-    projection, held = asked(index)
-    places = coarse_places(index._stored, projection, held)
-    found = list(coarse.blocks_at(index._stored, projection, held, places))
-    assert sum(read) == len(places) < len(ROWS)
+
+    def counted(projection: FactorRows, rows: Any, places: Tensor) -> dict[str, Tensor]:
+        read.append(len(places))
+        return of_some(projection, rows, places)
+
+    monkeypatch.setattr(FactorRows, "at", counted)
+    one = index.query(QUERIES, k=1, rescore=0, query_rows=[0])
+    assert 0 < sum(read) < len(many) / 2
+    read.clear()
+    everything = index.query(QUERIES, k=1, rescore=0, query_rows=[0], nprobe=0)
+    assert not read
+    assert one.top()[0][0] == everything.top()[0][0] != best
+    assert one.bottom()[0][0] == everything.bottom()[0][0]
+    assert one.top()[0][1] == pytest.approx(everything.top()[0][1], rel=1e-5)
+
+
+def test_few_rows_are_all_read() -> None:
+    index = fitted().index(ROWS, **WHOLE)
+    assert COARSE in index._stored.store.names
+    assert coarse.promising(index._stored, *asked(index), 1) is None
+
+
+def test_only_the_rows_that_are_named_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    index = fitted().index(ROWS, **WHOLE)
+    index.delete([3])
     scores = dict(zip(index.ids.tolist(), index.scores(QUERIES).T, strict=True))
-    assert 3 not in torch.cat([ids for ids, _ in found])
-    for ids, values in found:
-        for example, own in zip(ids.tolist(), values, strict=True):
+    projection, held = asked(index)
+    places = index._stored.alive[::2]
+    monkeypatch.setattr(index_module, "promising", lambda *arguments: places)
+    found = list(index._blocks((projection, held), 1, None))
+    ids = torch.cat([some for some, _ in found])
+    assert len(ids) == len(places) < len(scores)
+    assert 3 not in ids
+    assert set(ids.tolist()) < set(scores)
+    for some, values in found:
+        for example, own in zip(some.tolist(), values, strict=True):
             torch.testing.assert_close(own, scores[example])
 
 
-def coarse_places(stored: Any, projection: FactorRows, held: Any) -> Tensor:
-    """Return some of the rows that are not deleted."""
-    return stored.alive[::2]
+@pytest.mark.parametrize("again", [True, False])
+def test_an_index_that_is_older_than_coarse_vectors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, again: bool) -> None:
+    """Written and appended to without; then the first part is written again, and the appended one has them too, or all rows are read."""
+    many = MLP.rows(torch.Generator().manual_seed(3), 60)
+    attributor = fitted(tmp_path)
+    with monkeypatch.context() as older:
+        older.setattr(coarse, "LEAST_ROWS", 10**9)
+        attributor.index(many[:40], **WHOLE).append(many[40:], ids=range(40, 60))
+    index = attributor.index(many[:40], **WHOLE)
+    names = index._stored.store.names
+    rows = {name for name in names if "/rows-" in name}
+    assert {name.replace("/coarse-", "/rows-") for name in names if "/coarse-" in name} == rows
+    assert any(name.startswith("part-0001") for name in rows)
+    if not again:  # as one that was written while the appended rows were left without
+        lost = next(name for name in names if name.startswith("part-0001/coarse-"))
+        with ShardStore(index.folder, kind="index", settings=index._stored.store.settings) as store:
+            store.remove(lost)
+            store.finish(index._stored.store.result)
+        index = Index(attributor, index.folder)
+    one = index.query(QUERIES, k=1, rescore=0, query_rows=[0])
+    everything = index.query(QUERIES, k=1, rescore=0, query_rows=[0], nprobe=0)
+    assert one.top()[0][0] == everything.top()[0][0]
+    named = coarse.promising(index._stored, *attributor.index_queries(QUERIES, [0], index.settings), 1)
+    assert (named is not None) == again
 
 
 def test_the_ends_are_among_the_promising(monkeypatch: pytest.MonkeyPatch) -> None:

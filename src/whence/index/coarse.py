@@ -12,6 +12,7 @@ rows' vectors, int8 `[row, number]` and their scales `[row]`.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 from whence.index.encoding import decode, encode
 from whence.index.factors import FactorRows, HeldMatrices
 from whence.index.meeting import StoredTriplets, rows_together
-from whence.index.names import COARSE, NORM, coarse_name, row_shards
+from whence.index.names import COARSE, NORM, coarse_name, done, row_shards
 from whence.index.projection import Projection, Tensors
 from whence.index.stored import StoredIndex
 from whence.runtime.progress import Stages
@@ -39,7 +40,10 @@ _TOGETHER_BYTES = 2**26
 
 
 def write_coarse(store: ShardStore, projection: Projection, part: int, seed: int, stages: Stages) -> None:
-    """Write the coarse vectors of a part's rows that are not there yet; nothing for a small index, or one that is not of triplets."""
+    """Write the coarse vectors of a part's rows that are not there yet; nothing for a small index, or one that is not of triplets.
+
+    With the first part, those of all that were appended: an index may be older than its landmarks.
+    """
     if not isinstance(projection, FactorRows):
         return
     shards = {name: len(store.view(name)[NORM]) for name in sorted(row_shards(store, part))}
@@ -49,19 +53,22 @@ def write_coarse(store: ShardStore, projection: Projection, part: int, seed: int
     if COARSE not in store.names:
         return
     shared = store.read(COARSE)
+    for other in itertools.takewhile(lambda number: done(number) in store.names, itertools.count(1)) if part == 0 else ():
+        shards |= {name: len(store.view(name)[NORM]) for name in sorted(row_shards(store, other))}
     with stages.stage("Coarse rows"), stages.track(sum(shards.values()), "Coarse rows") as advance:
-        for name, count in shards.items():
+        for name, rows in shards.items():
             if coarse_name(name) not in store.names:
-                store.write(coarse_name(name), coarse_vectors(projection, store.view(name), count, shared))
-            advance(count)
+                store.write(coarse_name(name), coarse_vectors(projection, store.view(name), rows, shared))
+            advance(rows)
 
 
 def promising(stored: StoredIndex, projection: Projection, held: object, several: int) -> Tensor | None:
     """Return the places, ascending, of rows among which the `several` at either end of every query likely are.
 
-    None where all rows are to be read: there are no coarse vectors, or too few rows for them to pay.
+    None where all rows are to be read: not all of them have coarse vectors, or they are too few for that to pay.
     """
-    if COARSE not in stored.store.names or not isinstance(projection, FactorRows) or not isinstance(held, HeldMatrices):
+    shards = {COARSE, *(coarse_name(name) for name, _ in stored.shards())}
+    if not shards <= set(stored.store.names) or not isinstance(projection, FactorRows) or not isinstance(held, HeldMatrices):
         return None
     rows, alive = sum(len(part.ids) for part in stored.parts), stored.alive
     wanted = max(4 * several, LEAST, rows // SHARE)
