@@ -17,6 +17,7 @@ from whence.recipes.answers import option_losses, parse_answer, right_by_losses,
 from whence.recipes.base import Options
 from whence.recipes.cot import ChainOfThought
 from whence.recipes.quality import quality
+from whence.recipes.rows import read_split
 from whence.recipes.settings import DataSettings, TrainingSettings
 from whence.tasks.likelihoods import IGNORE
 
@@ -94,6 +95,16 @@ def test_every_rationale_is_a_training_row(tmp_path: Path) -> None:
     nameless = [{key: value for key, value in row.items() if key != "qid"} for row in rows]
     _, _, train, _, _ = started("cot", data=own(tmp_path, nameless, nameless))
     assert [row["question"] for row in train.encoded] == ["0", "0", "0", "1"]
+
+
+def test_queries_are_not_of_the_test_split(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    assert opened("strategy", checkpoint("strategy")).query_split == "validation"
+    source = COT.source(COT.settled(DataSettings()))
+    assert (source.train, source.validation) == ("train[:90%]", "train[90%:]")
+    finetuned.write_lines(tmp_path / "train.jsonl", [STRATEGY])
+    finetuned.write_lines(tmp_path / "test.jsonl", [STRATEGY])
+    with pytest.raises(ConfigError, match=r"has no 'validation' file"):
+        read_split(source, str(tmp_path), "validation")
 
 
 @pytest.mark.parametrize("name", ["strategy", "commonsense"])

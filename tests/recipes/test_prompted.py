@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import whence
 from finetuned import Checkpoint, measured, opened, own, procedure_of, started
 from whence.errors import ConfigError, DataError
 from whence.recipes.families import FAMILIES
-from whence.recipes.prompted import Pair, encode_pair, groups_of
+from whence.recipes.finetune import train_recipe
+from whence.recipes.prompted import Pair, encode_pair, row_groups
 from whence.recipes.settings import DataSettings, TrainingSettings
 from whence.recipes.start import make_tokenizer
 from whence.tasks import CausalLM, Seq2SeqLM
@@ -197,9 +199,34 @@ def test_the_group_of_every_row(checkpoint: Checkpoint) -> None:
 
 
 def test_a_group_that_is_not_there() -> None:
-    with pytest.raises(DataError, match=r"row 1 has no 'kind', which says the group; it has text\. Name one with --group\."):
-        groups_of([{"kind": "a"}, {"text": "b"}], "kind")
-    assert groups_of([{"text": "b"}], None) is None
+    full = [{"kind": "a"}]
+    with pytest.raises(DataError, match=r"training row 1 has no 'kind', which says the group; it has text\. Name one with --group\."):
+        row_groups([*full, {"text": "b", "kind": None}], full, "kind")
+    with pytest.raises(DataError, match=r"query row 0 has no 'kind'"):
+        row_groups(full, [{"text": "b"}], "kind")
+    assert row_groups(full, full, "kind") == (["a"], ["a"])
+    assert row_groups([{"text": "b"}], [{"text": "b"}], None) is None
+
+
+def test_a_usual_column_counts_where_all_rows_have_it() -> None:
+    whole, gap = [{"source": "a", "task": "b"}], [{"source": None, "task": "c"}]
+    assert row_groups(whole, whole, None) == (["b"], ["b"])
+    task = [{"task": "x", "category": "y"}, {"task": None, "category": "z"}]
+    assert row_groups(task, [{"category": "q"}], None) == (["y", "z"], ["q"])
+    assert row_groups(whole, gap, None) == (["b"], ["c"])
+    assert row_groups([{"source": "a"}], gap[:1], None) is None
+
+
+def test_rows_of_which_some_have_no_group_are_trained_on(tmp_path: Path) -> None:
+    rows = [{"instruction": "Do.", "output": "Done.", "category": None if place == 3 else "a"} for place in range(6)]
+    folder = Path(finetuned.own(tmp_path / "data", rows, rows[:2]))
+    settings, small = DataSettings(data=str(folder)), TrainingSettings(preset="tiny", num_train_epochs=1)
+    recipe = train_recipe(FAMILIES["instruct"], tmp_path / "model", data=settings, training=small, snapshots=0)
+    assert recipe.groups is None
+    assert recipe.query_groups is None
+    with pytest.raises(DataError, match=r"training row 3 has no 'category'"):
+        train_recipe(FAMILIES["instruct"], tmp_path / "other", data=replace(settings, group="category"), training=small)
+    assert not (tmp_path / "other").exists(), "found before anything is trained"
 
 
 # --------------------------------------------------------------------------------- forms of a row

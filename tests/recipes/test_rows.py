@@ -14,7 +14,7 @@ import pytest
 from pyarrow import csv, parquet
 
 from whence.errors import ConfigError, DataError
-from whence.recipes.rows import Source, need_columns, read_file, read_split
+from whence.recipes.rows import Source, need_columns, read_file, read_split, split_name
 
 ROWS = [{"text": "one, and", "label": 0, "number": 0.5}, {"text": 'two "2"\nmore', "label": 1, "number": 1.5}]
 SOURCE = Source(folder="mine", hub="someone/mine", config="small", validation="validation_matched")
@@ -132,6 +132,9 @@ def test_queries_may_lie_under_the_name_that_the_hub_gives_them(tmp_path: Path) 
     datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "saved"))
     for folder in ("files", "saved"):
         assert read_split(SOURCE, str(tmp_path / folder), "validation") == ROWS[1:]
+        assert split_name(SOURCE, str(tmp_path / folder), "validation") == "validation_matched"
+    write(tmp_path / "files" / "validation.jsonl", ROWS[:1])
+    assert split_name(SOURCE, str(tmp_path / "files"), "validation") == "validation"
 
 
 # ---------------------------------------------------------------------------------------------- hub
@@ -148,6 +151,18 @@ class Hub:
     def __call__(self, name: str, config: str | None, *, split: str) -> Any:
         self.asked.append((name, config, split))
         return self.datasets.Dataset.from_list(ROWS)
+
+
+def test_the_split_has_the_name_that_the_hub_was_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    hub = Hub(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("WHENCE_DATA", raising=False)
+    sliced = Source(folder="sliced", hub="someone/sliced", train="train[:90%]", validation="train[90%:]")
+    test = Source(folder="test", hub="someone/test", validation="test")
+    for source, data in ((SOURCE, None), (sliced, None), (sliced, "other/data"), (test, None)):
+        read_split(source, data, "validation")
+        assert split_name(source, data, "validation") == hub.asked[-1][2]
+    assert [split for _, _, split in hub.asked] == ["validation_matched", "train[90%:]", "validation", "test"]
 
 
 def test_the_hub_is_asked_by_its_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

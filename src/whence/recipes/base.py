@@ -62,6 +62,8 @@ class Recipe:
         task: its loss and measurement; see `whence.tasks`.
         train: training rows, anything with `__len__` and `__getitem__`.
         queries: rows whose measurement is to be explained.
+        query_split: how the data set names the split that the queries are of, such as `validation`, `train[90%:]` or `test`; None:
+            not known. A selection of training rows is refused on a test split.
         collate: makes a batch of a list of rows; None: torch's `default_collate`.
         describe: text about a row, for people; it may have several lines.
         tokens: text of each token of a row, in their order; for the page of whence report.
@@ -93,6 +95,7 @@ class Recipe:
     task: Task
     train: Any
     queries: Any
+    query_split: str | None = None
     collate: Callable[[list[Any]], Any] | None = None
     describe: Callable[[Any], str] | None = None
     tokens: Callable[[Any], Sequence[str]] | None = None

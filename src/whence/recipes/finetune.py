@@ -27,12 +27,12 @@ from whence.recipes.asked import asker, encoder, generator
 from whence.recipes.base import Recipe
 from whence.recipes.family import Family
 from whence.recipes.pieces import pieces
-from whence.recipes.prompted import Prompted, groups_of
+from whence.recipes.prompted import Prompted, row_groups
 from whence.recipes.record import RECORD, check_unchanged, known, lasting, read_record, to_record
 from whence.recipes.retraining import START, Retraining
 from whence.recipes.rows import DATA_VARIABLE, Row
 from whence.recipes.settings import DataSettings, TrainingSettings, data_settings, to_json
-from whence.recipes.splits import collate_of, encode_train, fingerprint_raw, read_queries, read_train, task_of
+from whence.recipes.splits import collate_of, encode_train, fingerprint_raw, read_queries, read_raw_queries, read_train, task_of
 from whence.recipes.start import adapted, make_start, outline, settle_lora
 from whence.recipes.training import Trained, freeze, snapshot_file, train_model
 from whence.recipes.unfinished import is_unfinished, unfinished
@@ -77,6 +77,9 @@ def train_recipe(
         raise ConfigError(f"{folder} is not empty. Give a new folder as --checkpoint-dir, or --overwrite to replace what is there.")
     data, training = _settled(family, data, training)
     raw = read_train(family, data)
+    if data.group is not None:  # a column that is not there would be found only when the trained model is opened
+        own, asked = (_own_columns(family, rows) for rows in (raw, read_raw_queries(family, data)))
+        row_groups(own, asked, data.group)
     model, tokenizer = make_start(family, raw, data, training)
     training = settle_lora(training, model)
     fingerprint = fingerprint_raw(family, data, raw)
@@ -115,6 +118,11 @@ def _settled(family: Family, data: DataSettings, training: TrainingSettings) -> 
         known = " or ".join(family.architectures)
         raise ConfigError(f"architecture={training.architecture!r} is no small model of the recipe {family.name}; choose {known}.")
     return data, training.over(family.defaults(data, training.preset))
+
+
+def _own_columns(family: Family, raw: list[Row]) -> list[Row]:
+    """Return raw rows as they stand beside encoded ones: blocks that are cut of a text keep no other column."""
+    return [{"text": ""}] if family.joins_rows else raw
 
 
 def is_trained(family: Family, folder: Path, data: DataSettings, training: TrainingSettings, *, snapshots: int = 4) -> bool:
@@ -213,6 +221,7 @@ def open_finetuned(family: Family, checkpoint_dir: str | Path | None, data: Data
         encode=encode,
         generate=generator(family, model, tokenizer, data),
         layer_sets=family.layer_sets,
+        query_split=queries.name,
         raw=train.raw,
         flipped=train.flipped,
     )
@@ -228,7 +237,7 @@ def _sort(recipe: Recipe, family: Family, tokenizer: Any, data: DataSettings, tr
     if isinstance(recipe.task, SequenceClassification) and config.num_labels > 1:
         recipe.classes, recipe.query_classes = (torch.tensor([row["labels"] for row in rows]) for rows in (recipe.train, recipe.queries))
     if isinstance(family, Prompted) or data.group is not None:
-        recipe.groups, recipe.query_groups = groups_of(train, data.group), groups_of(queries, data.group)
+        recipe.groups, recipe.query_groups = row_groups(train, queries, data.group) or (None, None)
     if isinstance(family, Prompted):
         recipe.options = family.options(tokenizer, config, queries, data)
         if config.is_encoder_decoder:  # tokens of the answer are not those of the prompt

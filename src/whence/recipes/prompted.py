@@ -96,22 +96,25 @@ def settled_prompts(data: DataSettings, *, task: str, max_length: int) -> DataSe
     return data.over(replace(DataSettings(), task=task, max_length=max_length, measurement="loss"))
 
 
-def groups_of(rows: Sequence[Row], column: str | None) -> list[str] | None:
-    """Return the source, task or skill of every raw row; None: no column is named, and none has a usual name.
+def row_groups(train: Sequence[Row], queries: Sequence[Row], column: str | None) -> tuple[list[str], list[str]] | None:
+    """Return the source, task or skill of every raw training row and query.
+
+    Where no column is named, it is the first of the usual names that all rows have; None: there is no such column.
 
     Raises:
-        DataError: a row has no such column.
+        DataError: a row has no such column as is named.
     """
+    both = {"training": train, "query": queries}
     if column is None:
-        column = next((name for name in _GROUPS if rows and rows[0].get(name) is not None), None)
+        column = next((name for name in _GROUPS if all(row.get(name) is not None for rows in both.values() for row in rows)), None)
     if column is None:
         return None
-    for number, row in enumerate(rows):
-        if row.get(column) is None:
-            raise DataError(
-                f"row {number} has no {column!r}, which says the group; it has {', '.join(map(str, row))}. Name one with --group."
-            )
-    return [str(row[column]) for row in rows]
+    for kind, rows in both.items():
+        for number, row in enumerate(rows):
+            if row.get(column) is None:
+                held = ", ".join(name for name in map(str, row) if row[name] is not None)
+                raise DataError(f"{kind} row {number} has no {column!r}, which says the group; it has {held}. Name one with --group.")
+    return [str(row[column]) for row in train], [str(row[column]) for row in queries]
 
 
 def encode_pair(tokenizer: Any, config: Any, pair: Pair, length: int, *, ends: bool = True) -> Row:

@@ -71,6 +71,18 @@ def read_split(source: Source, data: str | None, split: str, *, limit: int | Non
     return rows
 
 
+def split_name(source: Source, data: str | None, split: str) -> str:
+    """Return how the data set names the split that `read_split` takes for `"train"` or `"validation"`, such as `test`; arguments as there.
+
+    Raises:
+        ConfigError: as of `read_split`.
+    """
+    if source.made is not None:
+        return split
+    folder = _folder(source, data)
+    return _hub_names(source, data, split)[2] if folder is None else _name_in_folder(folder, source, split)
+
+
 def read_file(path: Path) -> list[Row]:
     """Return the rows of a file: parquet, JSON lines, CSV or text (a row `{"text": line}` per line), the last three also gzipped.
 
@@ -136,6 +148,16 @@ def _file(folder: Path, split: str) -> Path | None:
 
 
 def _from_folder(folder: Path, source: Source, split: str) -> list[Row]:
+    name = _name_in_folder(folder, source, split)
+    if (folder / "dataset_dict.json").is_file():
+        return list(need("datasets").load_from_disk(str(folder))[name])
+    path = _file(folder, name)
+    assert path is not None
+    return read_file(path)
+
+
+def _name_in_folder(folder: Path, source: Source, split: str) -> str:
+    """Return the name of the split that is taken for `"train"` or `"validation"`."""
     # Some sets name their splits otherwise: mnli has validation_matched.
     names = [split] if split == "train" else list(dict.fromkeys([split, source.validation]))
     if (folder / "dataset_dict.json").is_file():
@@ -143,20 +165,26 @@ def _from_folder(folder: Path, source: Source, split: str) -> list[Row]:
         found = next((name for name in names if name in splits), None)
         if found is None:
             raise ConfigError(f"the data set in {folder} has the splits {', '.join(splits)}, but no {split!r}.")
-        return list(splits[found])
-    path = next((path for name in names if (path := _file(folder, name)) is not None), None)
-    if path is None:
+        return found
+    found = next((name for name in names if _file(folder, name) is not None), None)
+    if found is None:
         within = "" if folder.name == source.folder else f", here or in a folder {source.folder}"
         raise ConfigError(f"{folder} has no {split!r} file; expected {split} with one of the endings {', '.join(_SUFFIXES)}{within}.")
-    return read_file(path)
+    return found
+
+
+def _hub_names(source: Source, data: str | None, split: str) -> tuple[str, str | None, str]:
+    """Return name, configuration and split on the hub."""
+    name, config = (source.hub, source.config) if data in (None, source.hub) else (str(data), None)
+    wanted = source.train if split == "train" else source.validation
+    if name != source.hub and "[" in wanted:
+        wanted = split  # a slice is of the data set that it was chosen for
+    return name, config, wanted
 
 
 def _from_hub(source: Source, data: str | None, split: str, limit: int | None) -> list[Row]:
     datasets = need("datasets")
-    name, config = (source.hub, source.config) if data in (None, source.hub) else (data, None)
-    wanted = source.train if split == "train" else source.validation
-    if name != source.hub and "[" in wanted:
-        wanted = split  # a slice is of the data set that it was chosen for
+    name, config, wanted = _hub_names(source, data, split)
     try:
         loaded = datasets.load_dataset(name, config, split=wanted)
     except Exception as error:

@@ -13,7 +13,7 @@ from whence.pretrained.kinds import KINDS, Kind
 from whence.pretrained.loading import collator_for
 from whence.recipes.family import Family, auto_of
 from whence.recipes.labels import flip_labels
-from whence.recipes.rows import Row, read_split
+from whence.recipes.rows import Row, read_split, split_name
 from whence.recipes.settings import DataSettings
 from whence.storage.run import fingerprint_rows
 from whence.tasks import Task
@@ -21,11 +21,18 @@ from whence.tasks import Task
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """Raw and encoded rows of one split; blocks of text are their own raw rows."""
+    """Raw and encoded rows of one split; blocks of text are their own raw rows.
+
+    Attributes:
+        raw, encoded: the rows.
+        flipped: which labels were made wrong on purpose.
+        name: of queries, how the data set names the split that they are really of; see `whence.recipes.rows.split_name`.
+    """
 
     raw: list[Row]
     encoded: list[Row]
     flipped: Tensor | None = None
+    name: str | None = None
 
 
 def read_splits(family: Family, data: DataSettings, tokenizer: Any, config: Any, seed: int) -> tuple[Split, Split]:
@@ -48,9 +55,15 @@ def fingerprint_raw(family: Family, data: DataSettings, raw: list[Row]) -> str:
 
 def read_queries(family: Family, data: DataSettings, tokenizer: Any, config: Any) -> Split:
     """Return the queries as the model takes them."""
+    raw = read_raw_queries(family, data)
+    found = _split(family, data, raw, family.encode(tokenizer, config, raw, data), data.max_query_rows)
+    return replace(found, name=split_name(family.source(data), data.data, "validation"))
+
+
+def read_raw_queries(family: Family, data: DataSettings) -> list[Row]:
+    """Return the raw rows that queries are made of."""
     limit = None if family.joins_rows else data.max_query_rows
-    raw = read_split(family.source(data), data.data, "validation", limit=limit)
-    return _split(family, data, raw, family.encode(tokenizer, config, raw, data), data.max_query_rows)
+    return read_split(family.source(data), data.data, "validation", limit=limit)
 
 
 def encode_train(family: Family, data: DataSettings, tokenizer: Any, config: Any, raw: list[Row], seed: int) -> Split:
