@@ -13,12 +13,13 @@ from torch import Tensor
 import finetuned
 from finetuned import Checkpoint, opened, own, procedure_of, started
 from whence.errors import ConfigError, DataError
-from whence.recipes.answers import option_losses, parse_answer, right_by_losses, right_by_saying, right_options, said_answers
+from whence.recipes.answers import option_losses, parse_answer, right_by_losses, right_by_saying, right_options, said_answers, says
 from whence.recipes.base import Options
 from whence.recipes.cot import ChainOfThought
 from whence.recipes.quality import quality
 from whence.recipes.rows import read_split
 from whence.recipes.settings import DataSettings, TrainingSettings
+from whence.refit.predict import chosen
 from whence.tasks.likelihoods import IGNORE
 
 pytest.importorskip("transformers")
@@ -170,12 +171,13 @@ def test_retraining_measures_options_too(data: Path, tmp_path: Path, checkpoint:
         replace(procedure_of(opened("alpaca", checkpoint("alpaca"))), with_options=True)([0, 1], 1)
 
 
-def test_the_least_loss_is_preferred_and_a_tie_is_wrong() -> None:
-    options = Options(
-        rows=[{}] * 7, query=torch.tensor([0, 0, 1, 1, 1, 2, 2]), gold=torch.tensor([True, False, False, True, False, True, False])
-    )
+def test_the_least_loss_is_preferred_and_a_tie_has_its_share() -> None:
+    """As `Predictions` have it, so that estimates and real models are compared by one measure."""
+    query, gold = torch.tensor([0, 0, 1, 1, 1, 2, 2]), torch.tensor([True, False, False, True, False, True, False])
     losses = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.6])
-    assert right_by_losses(losses, options).tolist() == [True, False, False]
+    found = right_by_losses(losses, Options(rows=[{}] * 7, query=query, gold=gold))
+    assert found.tolist() == [1.0, 0.0, 0.5]
+    assert torch.equal(found, chosen(losses.double(), query, gold, "accuracy"))
 
 
 def test_recipes_without_options(checkpoint: Checkpoint) -> None:
@@ -194,11 +196,42 @@ def test_recipes_without_options(checkpoint: Checkpoint) -> None:
         ("The answer is no. The end\nThe answer is  the  Sea.", "the sea"),
         ("The answer is (B).\nand more", "(b)"),
         ("The answer is .", None),
+        ("The answer is no, or perhaps the answer is yes.", "yes"),
+        ("The answer is no. That is why.", "no"),
+        ("The answer is 3.5. Or so", "3.5"),
+        ("The answer is yes!", "yes"),
+        ("The answer isn't known.", None),
         ("no", None),
     ],
 )
 def test_what_a_text_says_its_answer_is(text: str, answer: str | None) -> None:
     assert parse_answer(text) == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "expected"),
+    [
+        ("The answer is no. That is why.", "no", True),
+        ("The answer is not known.", "no", False),
+        ("The answer is St. Ives. It is.", "St. Ives", True),
+        ("The answer is St. Ives.", "St. Paul", False),
+        ("The answer is 3.5.", "3", False),
+        ("The answer is yes. The answer is no", "yes", False),
+        ("no", "no", False),
+    ],
+)
+def test_whether_a_text_gives_the_answer(text: str, answer: str, expected: bool) -> None:
+    assert says(text, answer) == expected
+
+
+def test_questions_without_a_rationale(tmp_path: Path) -> None:
+    """They cannot be trained, which is said, but they can be asked."""
+    rows = [{**STRATEGY, "rationale": ["One."]}, {**STRATEGY, "qid": "q2", "rationale": []}]
+    with pytest.warns(UserWarning, match=r"1 of 2 questions has no rationale, and is left out of training"):
+        _, _, train, queries, _ = started("cot", data=own(tmp_path, rows, rows))
+    assert [row["question"] for row in train.encoded] == ["q1"]
+    assert [row["question"] for row in queries.encoded] == ["q1", "q2"]
+    assert queries.encoded[1]["text"] == "Is it?\nThe answer is no."
 
 
 def answering(recipe: Any, said: list[int]) -> Any:

@@ -14,10 +14,13 @@ from whence.evaluate.embeddings import only_looking
 from whence.recipes.base import Options, Recipe
 from whence.recipes.rows import Row
 from whence.recipes.training import measure
+from whence.refit.predict import chosen
 from whence.tasks import CausalLM, Seq2SeqLM
 from whence.tasks.likelihoods import IGNORE
 
-_SAID = re.compile(r"the answer is:?[ \t]*(.*)", re.IGNORECASE)
+_STEM = re.compile(r"\bthe answer is\b:?[ \t]*", re.IGNORECASE)
+_END = re.compile(r"[.!?](?=\s|$)")
+"""Of a sentence: a point within a number is none."""
 _BATCH = 32
 
 
@@ -31,21 +34,21 @@ def option_losses(model: nn.Module, options: Options, collate: Callable[[list[An
 
 
 def right_by_losses(losses: Tensor, options: Options) -> Tensor:
-    """Return for every query whether its least loss is that of the true option, bool `[query]`; a tie counts as wrong.
+    """Return for every query whether its least loss is that of the true option, float64 `[query]`; a tie has its share.
+
+    As `whence.refit.predict.chosen`, which estimates are compared by.
 
     Args:
         losses: mean loss per token, `[option row]`.
         options: whose they are.
     """
-    count = int(options.query.max()) + 1
-    least = torch.full((2, count), torch.inf, dtype=losses.dtype)
-    for side, chosen in enumerate((~options.gold, options.gold)):
-        least[side].scatter_reduce_(0, options.query[chosen], losses[chosen], "amin")
-    return least[1] < least[0]
+    return chosen(losses.double(), options.query, options.gold, "accuracy")
 
 
 def right_options(recipe: Recipe, *, batch_size: int = _BATCH) -> Tensor:
-    """Return for every query whether the model finds the true option the likeliest, by mean loss per token; bool `[query]`.
+    """Return for every query whether the model finds the true option the likeliest, by mean loss per token; float64 `[query]`.
+
+    Of options that are equally likely, the true one has its share.
 
     Raises:
         ConfigError: the recipe's queries have no options.
@@ -56,10 +59,24 @@ def right_options(recipe: Recipe, *, batch_size: int = _BATCH) -> Tensor:
 
 
 def parse_answer(text: str) -> str | None:
-    """Return what a text says its answer is, after the last "The answer is", in lower case and without the full stop; None: nothing."""
-    found = _SAID.findall(text)
-    said = plain(found[-1]) if found else ""
-    return said or None
+    """Return what a text says its answer is, in lower case: from the last "The answer is" to the end of the sentence or line.
+
+    None: it says none.
+    """
+    said = _after_stem(text)
+    return None if said is None else plain(_END.split(said, maxsplit=1)[0]) or None
+
+
+def says(text: str, answer: str) -> bool:
+    """Return whether a text gives this answer after its last "The answer is", as a sentence; the answer may have points, as "St. Ives"."""
+    said, wanted = plain(_after_stem(text) or ""), plain(answer)
+    return bool(wanted) and said.startswith(wanted) and (said == wanted or _END.match(said, len(wanted)) is not None)
+
+
+def _after_stem(text: str) -> str | None:
+    """Return the rest of the line after the last "The answer is"; None: it is not there."""
+    found = list(_STEM.finditer(text))
+    return text[found[-1].end() :].split("\n", 1)[0] if found else None
 
 
 def plain(answer: str) -> str:
@@ -104,8 +121,8 @@ def right_by_saying(recipe: Recipe, tokenizer: Any, *, rows: Sequence[Row] | Non
     rows = list(recipe.queries if rows is None else rows)
     if not all("answer" in row for row in rows):
         raise ConfigError(f"the queries of recipe {recipe.name} have no answer to compare with; take a recipe that has, such as cot.")
-    said = map(parse_answer, said_answers(recipe, tokenizer, rows=rows, new_tokens=new_tokens))
-    return torch.tensor([answer == plain(row["answer"]) for answer, row in zip(said, rows, strict=True)], dtype=torch.bool)
+    said = said_answers(recipe, tokenizer, rows=rows, new_tokens=new_tokens)
+    return torch.tensor([says(text, row["answer"]) for text, row in zip(said, rows, strict=True)], dtype=torch.bool)
 
 
 def prompt_of(row: Row) -> list[int]:

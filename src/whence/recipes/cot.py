@@ -12,6 +12,7 @@ The model reads the question, with its choices if there are some, and says the r
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -33,9 +34,11 @@ _TRUTH = {True: "yes", False: "no"}
 def unfold(rows: list[Row], split: str) -> list[Row]:
     """Return a row for every rationale of a question in the training split; of other questions the first rationale.
 
-    A question without an id is named by its number among those that were read.
+    A question without an id is named by its number among those that were read. One whose list of rationales is empty is left out
+    of training, with a warning; as a query it is asked with no rationale before the answer.
     """
     found: list[Row] = []
+    without = 0
     for number, read in enumerate(rows):
         named = any(read.get(key) is not None for key in _IDS)
         row = read if named else {**read, "id": str(number)}
@@ -43,8 +46,15 @@ def unfold(rows: list[Row], split: str) -> list[Row]:
         if not isinstance(rationales, list):
             found.append(row)
             continue
-        kept = rationales if split == "train" else rationales[:1]
+        kept = rationales if split == "train" else rationales[:1] or [""]
+        without += not kept
         found += [{**row, "rationale": rationale} for rationale in kept]
+    if without:
+        warnings.warn(
+            f"{without} of {len(rows)} questions {'has' if without == 1 else 'have'} no rationale, and "
+            f"{'is' if without == 1 else 'are'} left out of training: there is no chain of thought to be trained.",
+            stacklevel=2,
+        )
     return found
 
 
@@ -89,7 +99,7 @@ class ChainOfThought(Prompted):
         """Return the question, and the rationale with the answer; the row gets the question's id and the answer."""
         answer = _answer(row, number)
         name = next((str(row[key]) for key in _IDS if row.get(key) is not None), str(number))
-        said = f"{_rationale(row, number)}\n{STEM} {answer}."
+        said = f"{_rationale(row, number)}\n{STEM} {answer}.".lstrip("\n")
         return Pair(prompt=_question(row, number), answer=said, more={"question": name, "answer": answer})
 
     def options(self, tokenizer: Any, config: Any, rows: Sequence[Row], data: DataSettings) -> Options | None:
