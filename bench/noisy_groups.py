@@ -81,10 +81,10 @@ def judged(linear: Linear, recipe: Recipe, ridge: float | None) -> dict[str, Ten
     found: dict[str, Tensor] = {}
     for method in ("refit", "influence", "gradient", "gradex"):
         own = ridge if method in ("refit", "influence") else None  # the others have none
-        settings = EstimateSettings(method=method, ridge=own, calibration=0 if own else 2)
+        settings = EstimateSettings(method=method, ridge=own, calibration=0 if own else 4)
         outcomes = raw_estimates(linear, halves, raw_options(linear, settings), settings).of("loss")
         found[f"{method}, ensemble"] = -conditional_means(members, outcomes, sign=-1.0, resamples=2).values
-    settings = EstimateSettings(ridge=ridge, calibration=0 if ridge else 2)
+    settings = EstimateSettings(ridge=ridge, calibration=0 if ridge else 4)
     options = raw_options(linear, settings)
     without = raw_estimates(linear, leave_one_group_out(groups), options, settings).of("loss")
     found["refit, leave one out"] = -without

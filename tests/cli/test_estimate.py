@@ -25,7 +25,7 @@ def mine(here: Path) -> None:
 
 
 def test_estimate_says_how_far_it_can_be_trusted(run: Any, here: Path) -> None:
-    made = done(run, "estimate", MINE, *EXACT, "--subsets", 40, "--calibration", 2, "--held-out", 5)
+    made = done(run, "estimate", MINE, *EXACT, "--subsets", 40, "--calibration", 4, "--held-out", 5)
     first, told, verdict, *_ = made.out.splitlines()
     assert first == "40 subsets of 8 groups; loss on validation"
     assert told.startswith("estimated ")
@@ -36,7 +36,7 @@ def test_estimate_says_how_far_it_can_be_trusted(run: Any, here: Path) -> None:
     assert len(load_subsets(folder / "subsets.json")) == 40
     assert len(logistic.CALLS) == 7
     assert list((here / "runs/mine/retrain").iterdir()), "real fine-tunes are kept in the run folder"
-    again = done(run, "estimate", MINE, *EXACT, "--calibration", 2, "--held-out", 5, "--design", "leave-one-out", "--json", "--name", "out")
+    again = done(run, "estimate", MINE, *EXACT, "--calibration", 4, "--held-out", 4, "--design", "leave-one-out", "--json", "--name", "out")
     assert again.data["subsets"] == 8
     assert again.data["estimates"].endswith("estimates/out")
     assert again.data["trust"]["loss"]["subsets"] == 5
@@ -67,12 +67,12 @@ def test_options_reach_the_library_also_from_a_file(run: Any, here: Path) -> Non
 
 def test_select_writes_the_data_set(run: Any, here: Path) -> None:
     (here / "select.yaml").write_text("minimum: [source 2=5]\nexamples: 20\n", encoding="utf-8")
-    made = done(run, "select", MINE, *EXACT, "--calibration", 2, "--out", "chosen.jsonl", "--json").data
+    made = done(run, "select", MINE, *EXACT, "--calibration", 4, "--out", "chosen.jsonl", "--json").data
     rows = [json.loads(line) for line in (here / "chosen.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [row["number"] for row in rows] == made["selection"]["examples"]
     assert not set(logistic.WRONG) & set(made["selection"]["groups"])
     assert made["selection"]["settings"]["method"] == "forward"
-    assert made["calibration"]["runs"] == 2
+    assert made["calibration"]["runs"] == 4
     assert "chosen.jsonl exists" in refused(run, "select", MINE, *EXACT, "--out", "chosen.jsonl")
     more = ("--calibration", 0, "--out", "chosen.jsonl", "--overwrite")
     text = done(run, "select", MINE, *EXACT, *more, "--config", "select.yaml")

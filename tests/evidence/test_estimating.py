@@ -24,7 +24,7 @@ from whence.refit.trust import trust
 from whence.tasks import Classification
 
 WHOLE = GradientSettings(projection="none")
-GIVEN = EstimateSettings(ridge=logistic.RIDGE, calibration=2, held_out=5)
+GIVEN = EstimateSettings(ridge=logistic.RIDGE, calibration=4, held_out=5)
 
 
 @pytest.fixture(autouse=True)
@@ -82,10 +82,10 @@ def test_calibration_comes_near_the_ridge_of_the_training(tmp_path: Path) -> Non
 
 
 def test_trust_is_made_of_held_out_fine_tunes_alone(tmp_path: Path) -> None:
-    none = estimated(tmp_path, settings=EstimateSettings(ridge=logistic.RIDGE, calibration=3))
+    none = estimated(tmp_path, settings=EstimateSettings(ridge=logistic.RIDGE, calibration=4))
     assert none.trust == {}
     before = len(logistic.CALLS)
-    found = estimated(tmp_path, settings=EstimateSettings(ridge=logistic.RIDGE, calibration=3, held_out=4))
+    found = estimated(tmp_path, settings=EstimateSettings(ridge=logistic.RIDGE, calibration=4, held_out=4))
     assert len(logistic.CALLS) == before + 4, "those that calibrate are read, and are the same"
     assert found.calibration == none.calibration, "what judges has no say in the choice"
     held_out = logistic.CALLS[before:]
@@ -125,7 +125,7 @@ def test_interrupted_fine_tunes_continue(tmp_path: Path) -> None:
     assert len(logistic.CALLS) == 3
     logistic.STOP_AT.clear()
     found = estimated(tmp_path)
-    assert len(logistic.CALLS) == 7, "two and five in all, each once"
+    assert len(logistic.CALLS) == 9, "four and five in all, each once"
     assert torch.equal(found.predictions.values, estimated(tmp_path / "anew").predictions.values)
 
 
@@ -136,11 +136,11 @@ def test_no_number_without_what_is_known_of_its_error(tmp_path: Path) -> None:
     assert alone.lines()[1:] == [
         "not compared with any real fine-tune: only the order of subsets may mean something. Give --calibration 6."
     ]
-    far = estimated(tmp_path, settings=EstimateSettings(ridge=1e7, calibration=3, held_out=5))
+    far = estimated(tmp_path, settings=EstimateSettings(ridge=1e7, calibration=4, held_out=5))
     assert not far.trust["loss"].beats
     assert far.lines()[1].startswith("Do not use the estimates")
     assert not any(line.startswith("estimated") for line in far.lines())
-    worse = estimated(tmp_path, settings=EstimateSettings(ridge=1e7, calibration=3))
+    worse = estimated(tmp_path, settings=EstimateSettings(ridge=1e7, calibration=4))
     assert worse.lines()[1] == "The estimates are no better than a trivial predictor:"
 
 
@@ -199,7 +199,8 @@ def test_what_is_kept(tmp_path: Path) -> None:
 
 def test_gradients_are_measured_once_and_others_refused(tmp_path: Path) -> None:
     first = estimated(tmp_path)
-    again = estimated(tmp_path, subsets=SubsetSettings(design="leave-one-out"))
+    few = EstimateSettings(ridge=logistic.RIDGE, calibration=4, held_out=4)
+    again = estimated(tmp_path, subsets=SubsetSettings(design="leave-one-out"), settings=few)
     assert len(again.subsets) == logistic.GROUPS
     assert len(first.subsets) == 30
     with pytest.raises(MismatchError, match="projection"):
@@ -220,7 +221,7 @@ UNUSABLE: dict[str, tuple[Any, dict[str, Any], str]] = {
     "file": (SubsetSettings, {"file": Path("nowhere.json")}, r"nowhere\.json: there is no such file"),
     "method": (EstimateSettings, {"method": "trak"}, "method='trak': choose refit, influence, gradient, gradex"),
     "nothing to choose by": (EstimateSettings, {"calibration": 0}, "leaves nothing to choose the ridge by"),
-    "one run": (EstimateSettings, {"calibration": 1}, "0 or 2 and more to calibrate"),
+    "one run": (EstimateSettings, {"calibration": 3}, "0 or 4 and more to calibrate"),
     "two to judge": (EstimateSettings, {"held_out": 2}, "0 or 3 and more to judge"),
     "repeats": (EstimateSettings, {"repeats": 0}, "1 repeat or more"),
     "ridge 0": (EstimateSettings, {"ridge": 0.0}, r"ridge=0\.0: give a number above 0"),

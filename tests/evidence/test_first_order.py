@@ -149,7 +149,7 @@ def test_an_estimate_from_end_to_end(recipe: Recipe, tmp_path: Path) -> None:
     options: dict[str, Any] = {
         "gradients": GradientSettings(dimension=12),
         "subsets": SubsetSettings(count=50),
-        "settings": EstimateSettings(metric="probability", calibration=2, held_out=3),
+        "settings": EstimateSettings(metric="probability", calibration=4, held_out=3),
         "folder": tmp_path / "retrain",
     }
     found = estimate(attributor, recipe, **options)
@@ -162,7 +162,7 @@ def test_an_estimate_from_end_to_end(recipe: Recipe, tmp_path: Path) -> None:
     assert found.calibration["loss"].options == found.calibration["probability"].options, "one refit for all metrics"
     again = estimate(attributor, recipe, **options)
     assert torch.equal(again.predictions.values, found.predictions.values)
-    assert len(list((tmp_path / "retrain").rglob("*.safetensors"))) == 5, "two and three fine-tunes, each once"
+    assert len(list((tmp_path / "retrain").rglob("*.safetensors"))) == 7, "four and three fine-tunes, each once"
 
 
 def test_a_procedure_that_measures_something_else_is_refused(recipe: Recipe, linear: Linear) -> None:

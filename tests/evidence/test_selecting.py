@@ -21,7 +21,7 @@ from whence.refit.limits import Constraints
 from whence.refit.select import SelectOptions
 from whence.storage.run import read_json
 
-GIVEN = EstimateSettings(ridge=logistic.RIDGE, calibration=2)
+GIVEN = EstimateSettings(ridge=logistic.RIDGE, calibration=4)
 ALONE = EstimateSettings(ridge=logistic.RIDGE, calibration=0)
 
 
@@ -62,7 +62,7 @@ def test_the_rows_of_the_chosen_groups_are_written(tmp_path: Path) -> None:
 
 
 def test_the_estimate_is_that_of_the_real_fine_tune(tmp_path: Path) -> None:
-    found = selected(tmp_path, settings=EstimateSettings(ridge=logistic.RIDGE, calibration=3, held_out=5))
+    found = selected(tmp_path, settings=EstimateSettings(ridge=logistic.RIDGE, calibration=4, held_out=5))
     real = float(logistic.query_losses(logistic.fitted(found.selection.examples)).mean())
     everything = float(logistic.query_losses(logistic.fitted(range(len(logistic.groups())))).mean())
     assert found.selection.estimate == pytest.approx(real, rel=1e-4)
@@ -82,9 +82,9 @@ def test_no_estimate_is_told_that_is_no_better_than_a_trivial_predictor(tmp_path
     assert alone.lines()[1:] == [
         "not compared with any real fine-tune: only the order of subsets may mean something. Give --calibration 6."
     ]
-    far = EstimateSettings(ridge=1e7, calibration=3)
+    far = EstimateSettings(ridge=1e7, calibration=4)
     assert selected(tmp_path, settings=far, overwrite=True).lines()[1] == "The estimates are no better than a trivial predictor:"
-    judged = EstimateSettings(ridge=1e7, calibration=3, held_out=4)
+    judged = EstimateSettings(ridge=1e7, calibration=4, held_out=4)
     lines = selected(tmp_path, settings=judged, overwrite=True).lines()
     assert lines[1].startswith("Do not use the estimates")
     assert not any("estimated" in line for line in lines)

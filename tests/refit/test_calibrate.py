@@ -45,8 +45,10 @@ def test_the_ridge_that_made_the_measurements_is_found() -> None:
     assert json.loads(json.dumps(found.to_json()))["runs"] == 8
 
 
-def test_held_out_errors_are_those_of_a_loop() -> None:
-    estimates = {ridge: torch.randn(5, dtype=torch.float64) + 3 for ridge in (0.1, 1.0, 10.0, 100.0)}
+@pytest.mark.parametrize("seed", range(12))
+def test_held_out_errors_are_those_of_a_loop(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    estimates = {ridge: 2 * torch.randn(5, dtype=torch.float64, generator=generator) + 3 for ridge in (0.1, 1.0, 10.0, 100.0)}
     found = calibrate(lambda options: estimates[options.ridge], MEASURED, GRID, constant=0.0, adjust=["shift"])
 
     def held_out(ridge: float, run: int, among: list[int]) -> float:
@@ -58,7 +60,8 @@ def test_held_out_errors_are_those_of_a_loop() -> None:
     assert found.options.ridge == min(means, key=lambda ridge: means[ridge])
     nested = 0.0
     for run in range(5):
-        others = {ridge: sum(held_out(ridge, one, list(range(5))) for one in range(5) if one != run) for ridge in estimates}
+        rest = [one for one in range(5) if one != run]
+        others = {ridge: sum(held_out(ridge, one, rest) for one in rest) for ridge in estimates}
         nested += held_out(min(others, key=lambda ridge: others[ridge]), run, list(range(5))) / 5
     assert found.error == pytest.approx(nested**0.5)
     assert found.mean_error == pytest.approx(
@@ -77,6 +80,15 @@ def test_shift_and_slope_bring_estimates_to_the_units() -> None:
     assert shifted.shift == pytest.approx(5)
 
 
+def test_a_slope_below_zero_is_never_taken() -> None:
+    falling = {0.1: -MEASURED, 1.0: MEASURED + torch.tensor([1.0, -1.0, 2.0, -2.0, 0.0])}
+    found = calibrate(lambda options: falling[options.ridge], MEASURED, GRID[:2], constant=0.0, adjust=["shift", "affine"])
+    assert found.slope > 0
+    assert found.options.ridge == 1.0, "the mirror image of the measurements is no estimate of them"
+    with pytest.raises(DataError, match="no slope above 0 fits; allow adjust='shift'"):
+        calibrate(lambda _: -MEASURED, MEASURED, GRID[:1], constant=0.0, adjust=["affine"])
+
+
 def test_the_edge_of_the_grid_is_told() -> None:
     assert calibrate(lambda options: MEASURED + options.ridge, MEASURED, GRID, constant=0.0, adjust=["none"]).at_edge
 
@@ -86,8 +98,10 @@ def test_what_cannot_be_calibrated() -> None:
         calibrate(lambda _: MEASURED, MEASURED, [], constant=0.0)
     with pytest.raises(ConfigError, match="1 fine-tunes cannot"):
         calibrate(lambda _: MEASURED, MEASURED[:1], GRID, constant=0.0)
+    with pytest.raises(ConfigError, match="give 5 or more"):
+        calibrate(lambda _: MEASURED, MEASURED[:4], GRID, constant=0.0, adjust=["affine"])
     with pytest.raises(ConfigError, match="give 4 or more"):
-        calibrate(lambda _: MEASURED, MEASURED[:3], GRID, constant=0.0, adjust=["affine"])
+        calibrate(lambda _: MEASURED, MEASURED[:3], GRID, constant=0.0)
     with pytest.raises(ConfigError, match="adjust='spline'"):
         calibrate(lambda _: MEASURED, MEASURED, GRID, constant=0.0, adjust=["spline"])  # type: ignore[list-item]
     with pytest.raises(DataError, match="give 5 finite numbers"):

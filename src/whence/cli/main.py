@@ -45,8 +45,8 @@ EXAMPLES = {
     "evaluate tail-patch": "whence evaluate tail-patch digits --scores ekfac",
     "evaluate duplicates": "whence evaluate duplicates digits",
     "clean": "whence clean digits --fraction 0.05 --out cleaned.parquet",
-    "estimate": "whence estimate digits --by cluster:10 --subsets 200 --calibration 2",
-    "select": "whence select digits --by cluster:10 --calibration 2 --out selected.parquet",
+    "estimate": "whence estimate digits --by cluster:10 --subsets 200 --calibration 4",
+    "select": "whence select digits --by cluster:10 --calibration 4 --out selected.parquet",
     "report": "whence report runs/digits --out report.html",
     "demo": "whence demo --out runs/demo",
 }

@@ -11,13 +11,12 @@ from dataclasses import dataclass, replace
 from typing import Literal, Unpack, get_args
 
 import torch
-from torch import Tensor
 
 from whence.errors import ConfigError
 from whence.evaluate.retrain import Running
 from whence.evidence.first_order import FineTunes, Linear, fine_tune
 from whence.recipes.base import Recipe
-from whence.refit.calibrate import Calibration, calibrate, ridge_grid
+from whence.refit.calibrate import LEAST, Calibration, calibrate, ridge_grid
 from whence.refit.gradex import GradexOptions, gradex
 from whence.refit.linear import row_curvature
 from whence.refit.predict import Predictions, predict
@@ -40,7 +39,7 @@ class EstimateSettings:
             rows' gradients, and its product with a validation row's) or `"gradex"` (the published recipe, a baseline).
         metric: what the ridge is chosen by, a metric of `Predictions`.
         ridge: lambda; None: chosen by the calibration runs.
-        calibration: real fine-tunes to choose the ridge and the shift by; 0: none, and then a ridge must be given.
+        calibration: real fine-tunes to choose the ridge and the shift by, 4 or more; 0: none, and then a ridge must be given.
         held_out: further ones that only judge; 0: no trust report.
         repeats: seeds of each real fine-tune.
         scale: of `"gradex"`: the length of its move over that of the weights.
@@ -66,10 +65,10 @@ class EstimateSettings:
             if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
                 raise ConfigError(f"{name}={value!r}: give a number above 0.")
         if self.calibration == 0 and self.ridge is None and self.method in ("refit", "influence"):
-            raise ConfigError("calibration=0 leaves nothing to choose the ridge by; give ridge=..., or 2 real fine-tunes or more.")
-        if self.calibration < 0 or self.calibration == 1 or self.held_out < 0 or 0 < self.held_out < 3 or self.repeats < 1:
+            raise ConfigError(f"calibration=0 leaves nothing to choose the ridge by; give ridge=..., or {LEAST} real fine-tunes or more.")
+        if 0 != self.calibration < LEAST or self.held_out < 0 or 0 < self.held_out < 3 or self.repeats < 1:
             raise ConfigError(
-                f"calibration={self.calibration}, held_out={self.held_out}, repeats={self.repeats}: give 0 or 2 and more to calibrate, "
+                f"calibration={self.calibration}, held_out={self.held_out}, repeats={self.repeats}: give 0 or {LEAST} and more to calibrate, "
                 "0 or 3 and more to judge, and 1 repeat or more."
             )
 
@@ -171,20 +170,20 @@ def in_units(found: Predictions, calibrations: dict[str, Calibration]) -> Predic
 
 def ridges(linear: Linear) -> Sequence[float]:
     """Return the ridges that are tried: around the mean curvature of all training rows, per direction."""
-    return [float(_curvature(linear)) * 10 ** (power / 2) for power in range(-8, 9)]
+    return [_curvature(linear) * 10 ** (power / 2) for power in range(-8, 9)]
 
 
-def _curvature(linear: Linear) -> Tensor:
+def _curvature(linear: Linear) -> float:
     train = linear.train
     weights = train.weights.double() * row_curvature(train.outputs.double(), "logistic")
-    return (weights[:, None] * train.gradients.double().square()).sum() / train.dimensions
+    return float((weights[:, None] * train.gradients.double().square()).sum()) / train.dimensions
 
 
 def raw_options(linear: Linear, settings: EstimateSettings) -> RefitOptions:
     """Return how refits are done where no real fine-tune chooses: with the ridge that is given, or one of the curvature's size."""
     if settings.method == "gradient":
-        return RefitOptions(ridge=float(_curvature(linear)) * _FLAT, steps=1)
-    return RefitOptions(ridge=settings.ridge or float(_curvature(linear)), steps=_STEPS.get(settings.method))
+        return RefitOptions(ridge=_curvature(linear) * _FLAT, steps=1)
+    return RefitOptions(ridge=_curvature(linear) if settings.ridge is None else settings.ridge, steps=_STEPS.get(settings.method))
 
 
 def _gradex(linear: Linear, settings: EstimateSettings) -> GradexOptions:

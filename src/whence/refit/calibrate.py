@@ -2,7 +2,10 @@
 
 Every candidate predicts each fine-tune; what is fitted (a shift, a slope) is fitted on the others. The candidate with the least
 squared error is taken. Since the choice was made on these fine-tunes, its own error is too small; `Calibration.error` is that of
-the whole procedure: each fine-tune predicted by the candidate that the others alone choose.
+the whole procedure: each fine-tune predicted by the candidate that the others alone choose, each of them held out in turn, with the
+shift and slope that the others alone fit.
+
+A slope that is not above 0 would make the worst estimate the best: such a fit is never taken.
 """
 
 from __future__ import annotations
@@ -18,7 +21,9 @@ from whence.errors import ConfigError, DataError
 from whence.refit.solve import RefitOptions
 
 Adjust = Literal["none", "shift", "affine"]
-"""What is fitted on top of an estimate: nothing, a constant, or a constant and a slope."""
+"""What is fitted on top of an estimate: nothing, a constant, or a constant and a slope above 0."""
+LEAST, LEAST_AFFINE = 4, 5
+"""So many fine-tunes at least: with two left out, what is fitted has data left."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,34 +96,41 @@ def calibrate(
 
     Args:
         estimate: gives the estimated metric of the fine-tunes' subsets, `[run]`, for options.
-        measured: the metric of the fine-tunes, `[run]` or `[run, repeat]`, 2 runs or more (`affine`: 4). They must not be among
+        measured: the metric of the fine-tunes, `[run]` or `[run, repeat]`, 4 runs or more (`affine`: 5). They must not be among
             those that a trust report is made from.
         candidates: what to choose from (`ridge_grid`).
-        constant: the metric before fine-tuning, f(theta*).
+        constant: the metric of the model as it is, f(theta*): what the constant predictor says.
         adjust: what to try to fit on top.
 
     Raises:
-        ConfigError: there is nothing to choose from, or too few fine-tunes. DataError: shapes do not fit, or a number is not finite.
+        ConfigError: there is nothing to choose from, or too few fine-tunes. DataError: shapes do not fit, a number is not finite, or
+            there is only "affine" and every estimate falls where the measurements rise.
     """
     truth = (measured if measured.dim() == 1 else measured.mean(1)).double()
     _check(truth, candidates, adjust)
     tried: list[tuple[RefitOptions, Adjust]] = []
-    errors, values = [], []
+    squares, rising, fits = [], [], []
     for options in candidates:
         found = estimate(options).double().cpu()
         if found.shape != truth.shape or not torch.isfinite(found).all():
             raise DataError(f"estimates have shape {tuple(found.shape)}; give {len(truth)} finite numbers, one for each fine-tune.")
         for one in adjust:
             tried.append((options, one))
-            values.append(found)
-            errors.append(_held_out(found, truth, one))
-    squares = torch.stack(errors).square()  # [candidate, run]
-    best = int(squares.mean(1).argmin())
-    # What is held out has no say in the choice by which it is predicted.
-    without = squares.sum(1, keepdim=True) - squares
-    nested = squares.gather(0, without.argmin(0, keepdim=True))[0]
+            shift, slope = _fit(found, truth, one, _without_two(len(truth)))
+            squares.append((shift + slope.clamp(min=0) * found - truth).square())
+            rising.append(slope.diagonal() > 0)
+            fits.append(_fit(found, truth, one, torch.ones(len(truth), dtype=torch.bool)))
+    pairs = torch.stack(squares)  # [candidate, run left out, run predicted without both]
+    own = pairs.diagonal(dim1=1, dim2=2)  # without itself
+    # What is held out has no say in the choice by which it is predicted, nor in the fits that the choice is made by.
+    inner = (pairs.sum(2) - own).masked_fill(~torch.stack(rising), torch.inf)
+    nested = own.gather(0, inner.argmin(0, keepdim=True))[0]
+    outer = own.mean(1).masked_fill(torch.tensor([float(slope) <= 0 for _, slope in fits]), torch.inf)
+    best = int(outer.argmin())
+    if not torch.isfinite(outer[best]):
+        raise DataError("every estimate falls where the measurements rise, so that no slope above 0 fits; allow adjust='shift'.")
     options, fitted = tried[best]
-    shift, slope = _fit(values[best], truth, fitted)
+    shift, slope = map(float, fits[best])
     ridges = {one.ridge for one in candidates if one.steps == options.steps}
     others = (truth.sum() - truth) / (len(truth) - 1)
     return Calibration(
@@ -133,8 +145,7 @@ def calibrate(
         runs=len(truth),
         at_edge=len(ridges) > 1 and options.ridge in {min(ridges), max(ridges)},
         table=tuple(
-            Candidate(options=options, adjust=one, rmse=float(own.mean().sqrt()))
-            for (options, one), own in zip(tried, squares, strict=True)
+            Candidate(options=options, adjust=one, rmse=float(mean.sqrt())) for (options, one), mean in zip(tried, own.mean(1), strict=True)
         ),
     )
 
@@ -144,28 +155,29 @@ def _check(truth: Tensor, candidates: Sequence[RefitOptions], adjust: Sequence[A
         raise ConfigError("there is nothing to choose from: give one candidate and one kind of `adjust`, or more.")
     if unknown := [one for one in adjust if one not in get_args(Adjust)]:
         raise ConfigError(f"adjust={unknown[0]!r}: choose among {', '.join(get_args(Adjust))}.")
-    need = 4 if "affine" in adjust else 2
+    need = LEAST_AFFINE if "affine" in adjust else LEAST
     if len(truth) < need:
         raise ConfigError(f"{len(truth)} fine-tunes cannot calibrate with adjust={tuple(adjust)}; give {need} or more.")
     if not torch.isfinite(truth).all():
         raise DataError("a measurement is not finite; leave its fine-tune out, or find out where it comes from.")
 
 
-def _held_out(found: Tensor, truth: Tensor, adjust: Adjust) -> Tensor:
-    """Return the error of each fine-tune with what the others fit, `[run]`."""
-    errors = torch.empty_like(truth)
-    for run in range(len(truth)):
-        rest = torch.arange(len(truth)) != run
-        shift, slope = _fit(found[rest], truth[rest], adjust)
-        errors[run] = shift + slope * found[run] - truth[run]
-    return errors
+def _without_two(runs: int) -> Tensor:
+    """Return which runs take part in the fit that predicts run q where run r is left out, bool `[r, q, run]`."""
+    same = torch.eye(runs, dtype=torch.bool)
+    return ~(same[:, None] | same[None])
 
 
-def _fit(found: Tensor, truth: Tensor, adjust: Adjust) -> tuple[float, float]:
-    """Return shift and slope of least squares."""
+def _fit(found: Tensor, truth: Tensor, adjust: Adjust, among: Tensor) -> tuple[Tensor, Tensor]:
+    """Return shift and slope of least squares, `[...]`, each among some of the runs, bool `[..., run]`."""
+    share = among.double()
     if adjust == "none":
-        return 0.0, 1.0
-    x, y = found - found.mean(), truth - truth.mean()
-    square = float(x.square().sum())
-    slope = 1.0 if adjust == "shift" or square == 0 else float((x * y).sum()) / square
-    return float(truth.mean()) - slope * float(found.mean()), slope
+        return torch.zeros_like(share[..., 0]), torch.ones_like(share[..., 0])
+    share = share / share.sum(-1, keepdim=True)
+    middle, level = (share * found).sum(-1), (share * truth).sum(-1)
+    x, y = found - middle[..., None], truth - level[..., None]
+    square = (share * x.square()).sum(-1)
+    flat = torch.full_like(square, adjust == "shift", dtype=torch.bool)
+    flat |= square <= 1e-24 * (share * found.square()).sum(-1)  # estimates that are the same but for rounding have no slope
+    slope = torch.where(flat, 1.0, (share * x * y).sum(-1) / square)
+    return level - slope * middle, slope
