@@ -89,7 +89,8 @@ def judged(linear: Linear, recipe: Recipe, ridge: float | None) -> dict[str, Ten
     without = raw_estimates(linear, leave_one_group_out(groups), options, settings).of("loss")
     found["refit, leave one out"] = -without
     problem = Problem(train=linear.train, groups=groups, target=linear.target, metric="loss", options=options)
-    taken = select(problem, SelectOptions(method="backward", until="budget"))
+    taken = select(problem, SelectOptions(method="backward", until="best"))
+    assert len(taken.order) == len(groups) - 1, "all but the last group are taken away, one by one"
     order = [*taken.order, *(group for group in range(len(groups)) if group not in taken.order)]
     found["refit, backward"] = -torch.tensor([order.index(group) for group in range(len(groups))], dtype=torch.float64)
     found["influence"] = -problem.influence()

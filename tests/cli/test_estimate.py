@@ -34,12 +34,12 @@ def test_estimate_says_how_far_it_can_be_trusted(run: Any, here: Path) -> None:
     folder = here / "runs/mine/estimates/refit"
     assert parquet.read_table(folder / "estimates.parquet").num_rows == 40
     assert len(load_subsets(folder / "subsets.json")) == 40
-    assert len(logistic.CALLS) == 7
+    assert len(logistic.CALLS) == 9
     assert list((here / "runs/mine/retrain").iterdir()), "real fine-tunes are kept in the run folder"
     again = done(run, "estimate", MINE, *EXACT, "--calibration", 4, "--held-out", 4, "--design", "leave-one-out", "--json", "--name", "out")
     assert again.data["subsets"] == 8
     assert again.data["estimates"].endswith("estimates/out")
-    assert again.data["trust"]["loss"]["subsets"] == 5
+    assert again.data["trust"]["loss"]["subsets"] == 4
     assert again.data["settings"]["design"] == "leave-one-out"
     written = json.loads((here / "runs/mine/estimates/out/estimate.json").read_text(encoding="utf-8"))
     assert written["trust"] == again.data["trust"]

@@ -132,6 +132,11 @@ CHOICES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {"gradients": GradientSettings(by="row"), "constraints": Constraints(minimum={"a": 1})},
         "the rows of recipe mine are of no group and no class",
     ),
+    "backward to no budget": (
+        {},
+        {"how": SelectOptions(method="backward", until="budget"), "constraints": Constraints(minimum={"source 1": 1})},
+        "stops as soon as the limits are met, and there are none",
+    ),
     "form of out": ({}, {"out": Path("rows.xlsx")}, r"rows\.xlsx"),
 }
 
@@ -156,8 +161,8 @@ def test_nothing_is_chosen_where_every_group_harms(tmp_path: Path) -> None:
     train, raw = recipe.train, recipe.raw
     assert raw is not None
     bad = logistic.mine(
-        model=recipe.model, train=[train[row] for row in only], raw=[raw[row] for row in only], groups=[logistic.groups()[r] for r in only]
+        model=recipe.model, train=[train[row] for row in only], raw=[raw[row] for row in only], groups=["wrong"] * len(only)
     )
     with pytest.raises(ConfigError, match="no group betters the metric"):
-        selected(tmp_path, bad, settings=ALONE)
+        selected(tmp_path, bad, settings=ALONE, how=SelectOptions(method="influence"))
     assert not (tmp_path / "chosen.parquet").exists()

@@ -16,7 +16,7 @@ from whence.refit.limits import Constraints, Limits, alike
 from whence.refit.linear import Linearised
 from whence.refit.predict import OptionRows, Target
 from whence.refit.problem import Problem
-from whence.refit.select import Method, Selection, SelectOptions, select
+from whence.refit.select import Method, Selection, SelectOptions, Until, select
 from whence.refit.solve import RefitOptions, refit
 from whence.refit.subsets import Groups, groups_of
 
@@ -85,9 +85,10 @@ def test_greedy_selection_is_that_of_brute_force(backward: bool, steps: int | No
         chosen ^= {group}
         assert value == pytest.approx(slow_value(given, sorted(chosen)), abs=1e-6)
     assert found.estimate == min(found.path)
+    assert len(found.order) == length
     assert found.everything == pytest.approx(slow_value(given, range(GROUPS)), abs=1e-6)
-    assert found.before == pytest.approx(slow_value(given, []), abs=1e-6)
-    assert found.start == (found.everything if backward else found.before)
+    assert found.as_is == pytest.approx(slow_value(given, []), abs=1e-6)
+    assert found.start == (found.everything if backward else found.as_is)
 
 
 @pytest.mark.parametrize("method", ["forward", "backward", "ensemble", "ridge", "lasso", "influence"])
@@ -96,7 +97,7 @@ def test_every_method_finds_the_groups_that_help(method: Method) -> None:
     found = select(given, SelectOptions(method=method, subsets=200))
     assert set(found.numbers) <= GOOD
     assert len(found.numbers) >= 3
-    assert found.estimate < min(found.before, found.everything)
+    assert found.estimate < min(found.as_is, found.everything)
     assert found.groups == tuple(f"g{number}" for number in found.numbers)
     assert found.examples == tuple(sorted(SIZE * number + place for number in found.numbers for place in range(SIZE)))
     assert found.estimate == pytest.approx(slow_value(given, found.numbers), abs=1e-6)
@@ -109,7 +110,7 @@ def test_every_method_finds_the_groups_that_help(method: Method) -> None:
 def test_options_can_be_selected_by(metric: str) -> None:
     found = select(problem(metric), SelectOptions(method="forward"))
     assert set(found.numbers) <= GOOD
-    assert found.estimate > found.before
+    assert found.estimate > found.as_is
 
 
 def test_a_selection_records_where_it_comes_from(tmp_path: Path) -> None:
@@ -160,6 +161,26 @@ def test_groups_that_are_too_alike_are_not_chosen_together(method: Method) -> No
     cosines = alike(given.groups, given.train)[list(found.numbers)][:, list(found.numbers)]
     assert float((cosines - torch.eye(len(found.numbers))).max()) <= 0.9
     assert len(found.numbers) < len(select(given, SelectOptions(method=method, subsets=60)).numbers)
+
+
+@pytest.mark.parametrize("until", ["gain", "best", "budget"])
+def test_forward_takes_a_group_though_the_model_as_it_is_is_better(until: Until) -> None:
+    """No fine-tune ends at `w = 0`, where the model trained on all rows is, so that to choose nothing is no choice."""
+    given = problem()
+    harmful = [number for number in range(GROUPS) if number not in GOOD]
+    places = list(given.groups.examples(harmful))
+    train = rows(given.train.gradients[places], given.train.outputs[places])
+    bad = replace(given, train=train, groups=groups_of([f"g{number}" for number in harmful for _ in range(SIZE)]))
+    found = select(bad, SelectOptions(until=until))
+    alone = select(bad, SelectOptions(until="best", method="backward"))
+    assert found.path[0] > found.as_is, "every group harms"
+    assert found.path[0] == pytest.approx(alone.path[-1]), "the best single group"
+    assert len(found.numbers) == (5 if until == "budget" else 1)
+
+
+def test_backward_to_a_budget_needs_one() -> None:
+    with pytest.raises(ConfigError, match="give a budget of examples or tokens or most_alike, or until='gain' or 'best'"):
+        select(problem(), SelectOptions(method="backward", until="budget"))
 
 
 def test_how_alike_groups_are() -> None:

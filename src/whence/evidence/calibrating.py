@@ -68,8 +68,8 @@ class EstimateSettings:
             raise ConfigError(f"calibration=0 leaves nothing to choose the ridge by; give ridge=..., or {LEAST} real fine-tunes or more.")
         if 0 != self.calibration < LEAST or self.held_out < 0 or 0 < self.held_out < 3 or self.repeats < 1:
             raise ConfigError(
-                f"calibration={self.calibration}, held_out={self.held_out}, repeats={self.repeats}: give 0 or {LEAST} and more to calibrate, "
-                "0 or 3 and more to judge, and 1 repeat or more."
+                f"calibration={self.calibration}, held_out={self.held_out}, repeats={self.repeats}: give 0 or {LEAST} and "
+                "more to calibrate, 0 or 3 and more to judge, and 1 repeat or more."
             )
 
 

@@ -21,7 +21,7 @@ from whence.refit.calibrate import Calibration
 from whence.refit.limits import Constraints, Limits
 from whence.refit.predict import Metric
 from whence.refit.problem import Problem
-from whence.refit.select import Selection, SelectOptions, select
+from whence.refit.select import Selection, SelectOptions, check_until, select
 from whence.refit.trust import Trust
 from whence.workbench import Size
 
@@ -107,7 +107,7 @@ def select_rows(
     with attributor.stages.stage("Select"):
         found = select(problem, how, limits)
     if not found.examples:
-        raise ConfigError("no group betters the metric, so nothing is chosen; choose another metric or method, or until='budget'.")
+        raise ConfigError("no group betters the metric, so nothing is chosen; choose another metric or method.")
     found = replace(found, settings=found.settings | {"gradients": asdict(gradients), "estimates": asdict(settings)})
     calibration, trust = evidence.calibration.get(metric), evidence.trust.get(metric)
     origin = {
@@ -146,6 +146,7 @@ def _check(
         )
     if settings.metric == "accuracy" and how.method == "influence":
         raise ConfigError("accuracy has no derivative; use metric='probability' for influence, or another method.")
+    check_until(how, constraints)
     check_recipe(recipe, by=gradients.by, metric=settings.metric, fine_tunes=settings.calibration + settings.held_out > 0)
     classes = _classes(recipe)
     if constraints.minimum and classes is None:

@@ -66,8 +66,8 @@ class Problem:
         """Return the metric `[subset]`."""
         return self.units(w).mean(1)
 
-    def before(self) -> float:
-        """Return the metric at `w = 0`, before fine-tuning."""
+    def as_is(self) -> float:
+        """Return the estimated metric at `w = 0`: of the model as it is, trained on all rows, not of what fine-tunes begin at."""
         return float(self.values(torch.zeros(1, self.train.dimensions, dtype=torch.float64, device=self.train.gradients.device)))
 
     def influence(self) -> Tensor:

@@ -2,6 +2,9 @@
 
 Greedy selection refits every candidate at every step, all at once, from where the last step ended; this differs from one pass over
 the groups in the order they happen to be in. Every selection records the metric and split it was made by.
+
+The refit of no group, `w = 0`, is the model as it is: trained on all rows, where the outputs were measured. It is not what a
+fine-tune begins at. So forward selection takes the best group first, whether or not the model as it is was better.
 """
 
 from __future__ import annotations
@@ -42,8 +45,9 @@ class SelectOptions:
         method: `forward`, `backward`: greedy, a group at a time. `ensemble`: the best groups by the mean metric of random subsets
             with them; how many is cross-validated. `ridge`, `lasso`: groups with a positive coefficient in a linear datamodel.
             `influence`: groups that help to first order.
-        until: of greedy selection. `gain`: stop where no group betters the metric. `budget`: go on as long as limits allow (forward),
-            or stop as soon as they are met (backward). `best`: go on to the end, and keep the best that met all limits on the way.
+        until: of greedy selection. `gain`: stop where no further group betters the metric. `budget`: go on as long as limits allow
+            (forward), or stop as soon as they are met (backward, only with a budget or `most_alike`). `best`: go on to the end, and
+            keep the best that met all limits on the way.
         subsets: how many random subsets, for `ensemble`, `ridge` and `lasso`; share: of groups in each.
         shares: of the groups that `ensemble` may keep; folds: of the cross-validation.
         seed: of all draws.
@@ -73,8 +77,9 @@ class Selection:
         examples: places of their examples, rising.
         order: numbers of groups in the order they were added, or with `backward` taken away; with until="best" all that were.
         path: the estimated metric after each step of `order`.
-        start: the metric where `order` begins: before fine-tuning, or with `backward` with all groups.
-        before: the metric before fine-tuning; everything: with all groups; estimate: with the chosen ones. All are estimates.
+        start: the metric where `order` begins: of the model as it is, or with `backward` with all groups.
+        as_is: the metric of the model as it is, at `w = 0`; everything: with all groups; estimate: with the chosen ones. All are
+            estimates.
         contributions: of groups, where the method has any.
         threshold: of `ensemble`.
         settings: metric, split and all options, JSON.
@@ -86,7 +91,7 @@ class Selection:
     order: tuple[int, ...]
     path: tuple[float, ...]
     start: float
-    before: float
+    as_is: float
     everything: float
     estimate: float
     contributions: Contributions | None = None
@@ -99,7 +104,7 @@ class Selection:
         return [
             f"{len(self.groups):,} of {self.settings['groups']:,} groups chosen, {len(self.examples):,} of "
             f"{self.settings['examples']:,} examples ({self.settings['method']})",
-            f"{metric}: {self.estimate:.4g}; with all groups {self.everything:.4g}, before fine-tuning {self.before:.4g}",
+            f"{metric}: {self.estimate:.4g}; with all groups {self.everything:.4g}, as the model is {self.as_is:.4g}",
             "The selection was made by this metric, so that its estimate is too good; fine-tune on it, and look at rows it never saw.",
         ]
 
@@ -142,20 +147,21 @@ def select(problem: Problem, options: SelectOptions, limits: Limits | None = Non
         ConfigError: limits cannot be met, or an option does not fit. DataError: subsets are too few to tell groups apart.
     """
     limits = limits or Limits(problem.groups, Constraints())
+    check_until(options, limits.constraints)
     count = len(problem.groups)
     everything = float(problem.values(problem.refit(torch.ones(1, count, dtype=torch.bool))))
-    before = problem.before()
+    as_is = problem.as_is()
     contributions, threshold = None, None
     if options.method in {"forward", "backward"}:
         backward = options.method == "backward"
-        order, path, steps = _greedy(problem, limits, options.until, everything if backward else before, backward=backward)
+        order, path, steps = _greedy(problem, limits, options.until, everything if backward else as_is, backward=backward)
         chosen = sorted(set(range(count)) - set(order[:steps])) if backward else order[:steps]
     else:
         contributions, threshold = _contributions(problem, options)
         order = _ranked(contributions, limits, None if threshold is None else max(1, round(threshold.share * count)))
         chosen, steps = order, len(order)
         path = _prefixes(problem, order)
-    start = everything if options.method == "backward" else before
+    start = everything if options.method == "backward" else as_is
     settings = problem.to_json() | asdict(options) | {"limits": limits.constraints.to_json(), "names": list(problem.groups.names)}
     return Selection(
         groups=tuple(problem.groups.names[group] for group in chosen),
@@ -164,13 +170,27 @@ def select(problem: Problem, options: SelectOptions, limits: Limits | None = Non
         order=tuple(order),
         path=tuple(path),
         start=start,
-        before=before,
+        as_is=as_is,
         everything=everything,
         estimate=path[steps - 1] if steps else start,
         contributions=contributions,
         threshold=threshold,
         settings=settings | {"shares": list(options.shares)},
     )
+
+
+def check_until(options: SelectOptions, constraints: Constraints) -> None:
+    """Check that a selection has what it is to stop at.
+
+    Raises:
+        ConfigError: backward selection is to stop at a budget and has none, so that it would take nothing away.
+    """
+    some = (constraints.examples, constraints.tokens, constraints.most_alike)
+    if options.method == "backward" and options.until == "budget" and all(one is None for one in some):
+        raise ConfigError(
+            "method='backward' with until='budget' stops as soon as the limits are met, and there are none; give a budget of examples or "
+            "tokens or most_alike, or until='gain' or 'best'."
+        )
 
 
 def _greedy(problem: Problem, limits: Limits, until: Until, start: float, *, backward: bool) -> tuple[list[int], list[float], int]:
@@ -181,7 +201,8 @@ def _greedy(problem: Problem, limits: Limits, until: Until, start: float, *, bac
     w = problem.refit(member[None])[0]
     order: list[int] = []
     path: list[float] = []
-    best, steps, value = (-torch.inf if unmet(member) else problem.sign * start), 0, start
+    # To stay where the model is, trained on all rows, is no fine-tune: forward selection has no such choice.
+    best, steps, value = (problem.sign * start if backward and not unmet(member) else -torch.inf), 0, start
     while (places := may(member).nonzero()[:, 0]).numel() and not (backward and int(member.sum()) == 1):
         met = not unmet(member)
         if met and until == "budget" and backward:
@@ -191,7 +212,7 @@ def _greedy(problem: Problem, limits: Limits, until: Until, start: float, *, bac
         found = problem.refit(candidates, w)
         values = problem.sign * problem.values(found)
         winner = int(values.argmax())
-        if met and until == "gain" and float(values[winner]) <= problem.sign * value:
+        if met and until == "gain" and (backward or order) and float(values[winner]) <= problem.sign * value:
             break
         member, w, value = candidates[winner], found[winner], problem.sign * float(values[winner])
         order.append(int(places[winner]))

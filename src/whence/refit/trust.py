@@ -1,7 +1,8 @@
 """How far estimates of fine-tunes can be trusted: measured beside real fine-tunes, and beside two predictors that know nothing.
 
-The constant predictor says that every fine-tune ends where it began, at f(theta*); the mean predictor says the mean of fine-tunes
-known before. A relative error of one per cent means little where metrics differ by less; both predictors' errors stand beside it.
+The constant predictor says that every fine-tune ends at the model as it is, f(theta*), that estimates are taken around: the one
+trained on all rows, not what fine-tunes begin at. The mean predictor says the mean of fine-tunes known before. A relative error of
+one per cent means little where metrics differ by less; both predictors' errors stand beside it.
 """
 
 from __future__ import annotations
@@ -134,7 +135,7 @@ def trust(
     Args:
         predicted: the estimated metric, `[subset]`.
         measured: the metric of real fine-tunes, `[subset]` or `[subset, repeat]` (other seeds, the same rows).
-        constant: the metric before fine-tuning, f(theta*).
+        constant: the metric of the model as it is, f(theta*).
         mean: what the mean predictor says: the mean of the fine-tunes that calibration used. None: for each subset the mean of the
             others.
         resamples: bootstrap samples; seed: of them.
