@@ -27,6 +27,7 @@ ALONE = EstimateSettings(ridge=logistic.RIDGE, calibration=0)
 
 def selected(folder: Path, recipe: Recipe | None = None, **options: Any) -> Selected:
     recipe = logistic.mine() if recipe is None else recipe
+    folder.mkdir(exist_ok=True)
     attributor = Attributor(recipe.model, recipe.task, run_dir=folder / "run", progress=False, device="cpu")
     usual: dict[str, Any] = {
         "out": folder / "chosen.parquet",
@@ -59,6 +60,26 @@ def test_the_rows_of_the_chosen_groups_are_written(tmp_path: Path) -> None:
     assert record["settings"]["split"] == "validation"
     assert record["settings"]["gradients"]["projection"] == "none"
     assert record["cleaned"]["rows"] == len(wanted)
+
+
+def test_estimates_of_a_selection_are_in_the_metrics_units(tmp_path: Path) -> None:
+    how = SelectOptions(until="budget")
+    raw = selected(tmp_path / "raw", settings=EstimateSettings(ridge=30.0, calibration=0), how=how).selection
+    found = selected(tmp_path, settings=EstimateSettings(ridge=30.0, calibration=6), how=how)
+    calibration = found.calibration
+    assert calibration is not None
+    assert calibration.slope > 0
+    assert (calibration.shift, calibration.slope) != (0.0, 1.0)
+    own = found.selection
+    assert own.order == raw.order
+    for name in ("estimate", "everything", "as_is", "start", "path"):
+        wanted = calibration.apply(torch.tensor(getattr(raw, name), dtype=torch.float64))
+        assert getattr(own, name) == pytest.approx(wanted.tolist(), rel=1e-6), name
+    everything = float(logistic.query_losses(logistic.fitted(range(len(logistic.groups())))).mean())
+    assert abs(own.everything - everything) < abs(raw.everything - everything)
+    record = read_json(found.written.provenance)
+    assert record["origin"]["estimate"] == own.estimate
+    assert found.to_json()["selection"]["everything"] == own.everything
 
 
 def test_the_estimate_is_that_of_the_real_fine_tune(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ class Selected:
     """Chosen rows, written.
 
     Attributes:
-        selection: which groups, and how; its estimates are as they come, before calibration.
+        selection: which groups, and how; its estimates are in the metric's units where there were calibration runs, else as they come.
         start: the metric of the model as it is, measured.
         calibration: what real fine-tunes say of the estimates that chose; None without any.
         trust: what others say that nothing was chosen by; None without any.
@@ -47,10 +47,7 @@ class Selected:
     def lines(self) -> list[str]:
         """Return the summary for people: no estimate without what is known of its error."""
         own, settings, calibration = self.selection, self.selection.settings, self.calibration
-        estimate, everything = own.estimate, own.everything
-        if calibration is not None:
-            estimate, everything = (float(calibration.apply(torch.tensor(value))) for value in (estimate, everything))
-        told = f"estimated {settings['metric']} on {settings['split']}: {estimate:.4g}; with all groups {everything:.4g}"
+        told = f"estimated {settings['metric']} on {settings['split']}: {own.estimate:.4g}; with all groups {own.everything:.4g}"
         told += f"; {self.start:.4g} as the model is. It chose, so that it is too good: fine-tune, and look at rows it never saw."
         first = own.lines()[0]
         if self.trust is not None:
@@ -110,6 +107,8 @@ def select_rows(
         raise ConfigError("no group betters the metric, so nothing is chosen; choose another metric or method.")
     found = replace(found, settings=found.settings | {"gradients": asdict(gradients), "estimates": asdict(settings)})
     calibration, trust = evidence.calibration.get(metric), evidence.trust.get(metric)
+    if calibration is not None:
+        found = found.in_units(calibration.apply)
     origin = {
         "recipe": recipe.name,
         "selected": list(found.groups),

@@ -10,7 +10,7 @@ fine-tune begins at. So forward selection takes the best group first, whether or
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -79,8 +79,8 @@ class Selection:
         path: the estimated metric after each step of `order`.
         start: the metric where `order` begins: of the model as it is, or with `backward` with all groups.
         as_is: the metric of the model as it is, at `w = 0`; everything: with all groups; estimate: with the chosen ones. All are
-            estimates.
-        contributions: of groups, where the method has any.
+            estimates, as they come or in the metric's units (`in_units`).
+        contributions: of groups, where the method has any; as they come.
         threshold: of `ensemble`.
         settings: metric, split and all options, JSON.
     """
@@ -97,6 +97,16 @@ class Selection:
     contributions: Contributions | None = None
     threshold: Threshold | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+
+    def in_units(self, apply: Callable[[Tensor], Tensor]) -> Selection:
+        """Return the selection with its estimates brought to the metric's units; contributions stay as they come.
+
+        Args:
+            apply: what does so, such as `Calibration.apply`; it must rise, so that the choice stays the best.
+        """
+        values = torch.tensor([self.start, self.as_is, self.everything, self.estimate, *self.path], dtype=torch.float64)
+        start, as_is, everything, estimate, *path = apply(values).tolist()
+        return replace(self, start=start, as_is=as_is, everything=everything, estimate=estimate, path=tuple(path))
 
     def lines(self) -> list[str]:
         """Return a summary for people."""
