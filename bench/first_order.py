@@ -150,7 +150,7 @@ def main() -> None:
     results = {metric: report(linears, calibration, held_out, metric) for metric in metrics}
     figures = ("spearman", "r2", "error", "constant_error", "mean_error")
     rows = [
-        [metric, name, *(f"{one[figure]['value']:.4f}" for figure in figures)]
+        [metric, name, *("" if one[figure] is None else f"{one[figure]['value']:.4f}" for figure in figures)]
         for metric, found in results.items()
         for name, one in found.items()
     ]

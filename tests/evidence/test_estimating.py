@@ -59,6 +59,7 @@ def test_of_a_linear_model_estimates_are_the_real_refits(tmp_path: Path) -> None
     for metric in ("loss", "loss/early", "loss/late"):
         report = found.trust[metric]
         assert (report.subsets, report.repeats) == (5, 1)
+        assert report.error is not None
         assert report.error.value < 1e-3
         assert report.spearman.value == pytest.approx(1)
         assert report.beats
@@ -142,6 +143,23 @@ def test_no_number_without_what_is_known_of_its_error(tmp_path: Path) -> None:
     assert not any(line.startswith("estimated") for line in far.lines())
     worse = estimated(tmp_path, settings=EstimateSettings(ridge=1e7, calibration=4))
     assert worse.lines()[1] == "The estimates are no better than a trivial predictor:"
+
+
+class Still:
+    """A procedure whose models all lose the same."""
+
+    key = "still"
+
+    def __call__(self, rows: Any, seed: int) -> torch.Tensor:
+        return torch.full((logistic.QUERIES,), 0.1)
+
+
+def test_a_metric_that_does_not_move_has_no_report_and_it_is_said_why(tmp_path: Path) -> None:
+    found = estimated(tmp_path, logistic.mine(retraining=Still()))
+    assert found.trust == {}
+    assert found.unreported == {"loss": "loss is 0.1 in all 5 held-out fine-tunes"}
+    assert found.lines()[1] == "No report: loss is 0.1 in all 5 held-out fine-tunes."
+    assert found.to_json()["unreported"] == found.unreported
 
 
 @pytest.mark.parametrize("method", ["influence", "gradient", "gradex"])

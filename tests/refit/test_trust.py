@@ -16,6 +16,9 @@ def test_numbers_are_those_written_out() -> None:
     predicted = torch.tensor([2.2, 2.9, 4.5, 4.6, 2.4])
     found = trust(predicted, truth, constant=4.0, mean=3.5)
     p, t = predicted.tolist(), truth.tolist()
+    assert found.error is not None
+    assert found.constant_error is not None
+    assert found.mean_error is not None
     assert found.error.value == pytest.approx(sum(abs(a - b) / b for a, b in zip(p, t, strict=True)) / 5, rel=1e-6)
     assert found.constant_error.value == pytest.approx(sum(abs(4 - b) / b for b in t) / 5, rel=1e-6)
     assert found.mean_error.value == pytest.approx(sum(abs(3.5 - b) / b for b in t) / 5, rel=1e-6)
@@ -72,13 +75,24 @@ def test_the_share_of_what_noise_allows() -> None:
     assert found.relative_spearman == pytest.approx(1, abs=0.03)
 
 
+def test_a_metric_that_is_0_somewhere_has_the_rest_of_the_report() -> None:
+    truth = torch.rand(20, dtype=torch.float64).round(decimals=1)
+    truth[:2] = torch.tensor([0.0, 0.5])
+    found = trust(truth + 0.01, truth, constant=0.0, mean=0.5)
+    assert (found.error, found.constant_error, found.mean_error) == (None, None, None)
+    assert found.beats
+    assert found.rmse == pytest.approx(0.01)
+    assert found.lines()[1] == "no relative error: the metric is 0 in a fine-tune"
+    assert json.loads(json.dumps(found.to_json()))["error"] is None
+
+
 def test_what_cannot_be_compared() -> None:
     with pytest.raises(DataError, match="3 subsets or more"):
         trust(torch.ones(2), torch.ones(2), constant=0.0)
     with pytest.raises(DataError, match="measured to be the same"):
         trust(torch.ones(3), torch.ones(3), constant=0.0)
-    with pytest.raises(DataError, match="subset 1 was measured to be 0"):
-        trust(torch.ones(3), torch.tensor([1.0, 0.0, 2.0]), constant=0.0)
+    with pytest.raises(DataError, match="measured to be the same"):
+        trust(torch.ones(4), torch.tensor([[0.1, 0.2, 0.3], [0.3, 0.2, 0.1], [0.2, 0.1, 0.3], [0.3, 0.1, 0.2]]), constant=0.0)
     with pytest.raises(DataError, match="not finite"):
         trust(torch.tensor([1.0, math.nan, 2.0]), torch.tensor([1.0, 3.0, 2.0]), constant=0.0)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, Unpack, get_args
 
 import torch
@@ -22,7 +22,7 @@ from whence.refit.linear import row_curvature
 from whence.refit.predict import Predictions, predict
 from whence.refit.solve import RefitOptions, refit_groups
 from whence.refit.subsets import Subsets
-from whence.refit.trust import Trust, trust
+from whence.refit.trust import Trust, same, trust
 
 Method = Literal["refit", "influence", "gradient", "gradex"]
 _STEPS: dict[str, int | None] = {"refit": None, "influence": 1, "gradient": 1}
@@ -80,12 +80,14 @@ class Evidence:
     Attributes:
         options: of the refit: chosen by them, or as given.
         calibration: by metric; empty without fine-tunes to calibrate by.
-        trust: by metric; empty without held-out fine-tunes. A metric that does not move in them, or is 0 somewhere, is not there.
+        trust: by metric; empty without held-out fine-tunes. A metric that has no report is not there.
+        unreported: by metric, why it has none, though there are held-out fine-tunes.
     """
 
     options: RefitOptions
     calibration: dict[str, Calibration]
     trust: dict[str, Trust]
+    unreported: dict[str, str] = field(default_factory=dict)
 
 
 def gather(
@@ -108,8 +110,8 @@ def gather(
     found = calibrated(linear, real.take(range(several)), settings) if several else {}
     options = found[settings.metric].options if found else raw_options(linear, settings)
     rest = real.take(range(several, len(subsets))) if settings.held_out else None
-    judged = {} if rest is None else judge(linear, rest, options, settings, found)
-    return Evidence(options=options, calibration=found, trust=judged)
+    judged, why = ({}, {}) if rest is None else judge(linear, rest, options, settings, found)
+    return Evidence(options=options, calibration=found, trust=judged, unreported=why)
 
 
 def raw_estimates(linear: Linear, subsets: Subsets, options: RefitOptions, settings: EstimateSettings) -> Predictions:
@@ -148,18 +150,19 @@ def calibrated(linear: Linear, real: FineTunes, settings: EstimateSettings) -> d
 
 def judge(
     linear: Linear, real: FineTunes, options: RefitOptions, settings: EstimateSettings, calibrations: dict[str, Calibration]
-) -> dict[str, Trust]:
-    """Return a trust report of every metric that has one, from fine-tunes that nothing was chosen by."""
+) -> tuple[dict[str, Trust], dict[str, str]]:
+    """Return a trust report of every metric, from fine-tunes that nothing was chosen by, or why there is none."""
     found = in_units(raw_estimates(linear, real.subsets, options, settings), calibrations)
-    reports = {}
+    reports: dict[str, Trust] = {}
+    why: dict[str, str] = {}
     for metric in found.metrics:
         mean = calibrations[metric].mean if metric in calibrations else None
         measured = real.metric(metric)
-        truth = measured.mean(1)
-        if bool((truth == truth[0]).all()) or bool((truth == 0).any()):
-            continue  # a metric that does not move, or is 0, has no such report
+        if same(measured):
+            why[metric] = f"{metric} is {float(measured.mean()):.4g} in all {len(measured)} held-out fine-tunes"
+            continue
         reports[metric] = trust(found.of(metric), measured, constant=float(linear.start.of(metric)[0]), mean=mean)
-    return reports
+    return reports, why
 
 
 def in_units(found: Predictions, calibrations: dict[str, Calibration]) -> Predictions:

@@ -105,6 +105,7 @@ class Estimation:
         start: the metrics of the model as it is, measured.
         calibration: by metric; empty without real fine-tunes.
         trust: by metric; empty without held-out fine-tunes.
+        unreported: by metric, why there is no trust report, though there are held-out fine-tunes.
         settings: JSON.
     """
 
@@ -113,6 +114,7 @@ class Estimation:
     start: Predictions
     calibration: dict[str, Calibration]
     trust: dict[str, Trust]
+    unreported: dict[str, str] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
 
     def lines(self) -> list[str]:
@@ -126,8 +128,8 @@ class Estimation:
         if report is not None:
             lines += [*([told] if report.beats else []), *report.lines()]
         else:
-            if self.settings["held_out"]:
-                lines.append("No report: the metric does not move in the held-out fine-tunes, or is 0 in one of them.")
+            if metric in self.unreported:
+                lines.append(f"No report: {self.unreported[metric]}.")
             lines += judgement(calibration, told)
         if calibration is not None and calibration.at_edge:
             lines.append("The best ridge is the least or greatest that was tried.")
@@ -142,6 +144,7 @@ class Estimation:
             "start": self.start.to_json(),
             "calibration": {name: one.to_json() for name, one in self.calibration.items()},
             "trust": {name: one.to_json() for name, one in self.trust.items()},
+            "unreported": self.unreported,
         }
 
     def save(self, folder: Path) -> None:
@@ -209,6 +212,7 @@ def estimate(
         start=linear.start,
         calibration=evidence.calibration,
         trust=evidence.trust,
+        unreported=evidence.unreported,
         settings={
             **{name: str(value) if isinstance(value, Path) else value for name, value in asdict(subsets).items()},
             **asdict(settings),

@@ -35,6 +35,7 @@ class Selected:
         start: the metric of the model as it is, measured.
         calibration: what real fine-tunes say of the estimates that chose; None without any.
         trust: what others say that nothing was chosen by; None without any.
+        unreported: why there is no trust, though there are held-out fine-tunes.
         written: the files.
     """
 
@@ -43,6 +44,7 @@ class Selected:
     calibration: Calibration | None
     trust: Trust | None
     written: Cleaned
+    unreported: str | None = None
 
     def lines(self) -> list[str]:
         """Return the summary for people: no estimate without what is known of its error."""
@@ -52,7 +54,7 @@ class Selected:
         first = own.lines()[0]
         if self.trust is not None:
             return [first, *([told] if self.trust.beats else []), *self.trust.lines()]
-        return [first, *judgement(calibration, told)]
+        return [first, *([f"No report: {self.unreported}."] if self.unreported else []), *judgement(calibration, told)]
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON values."""
@@ -61,6 +63,7 @@ class Selected:
             "start": self.start,
             "calibration": None if self.calibration is None else self.calibration.to_json(),
             "trust": None if self.trust is None else self.trust.to_json(),
+            "unreported": self.unreported,
             "files": self.written.to_json(),
         }
 
@@ -120,7 +123,8 @@ def select_rows(
     assert recipe.raw is not None  # _check asks for them
     written = write_cleaned(list(recipe.raw), _decision(found, len(recipe.train)), out, origin=origin, overwrite=overwrite)
     start = float(linear.start.of(metric)[0])
-    return Selected(selection=found, start=start, calibration=calibration, trust=trust, written=written)
+    why = evidence.unreported.get(metric)
+    return Selected(selection=found, start=start, calibration=calibration, trust=trust, written=written, unreported=why)
 
 
 def _check(

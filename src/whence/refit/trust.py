@@ -30,6 +30,7 @@ class Trust:
     Attributes:
         subsets, repeats: real fine-tunes compared with: so many subsets, each trained so many times.
         error: mean of `|predicted - measured| / |measured|`; constant_error, mean_error: the same of the two trivial predictors.
+            None where a measurement is 0, so that there is no relative error.
         rmse, constant_rmse, mean_rmse: roots of the mean squared errors, in the metric's units.
         gain: mean squared error of the better trivial predictor less that of the estimates; above 0: the estimates are better.
         spearman: rank correlation of estimates and measurements.
@@ -42,9 +43,9 @@ class Trust:
 
     subsets: int
     repeats: int
-    error: Estimate
-    constant_error: Estimate
-    mean_error: Estimate
+    error: Estimate | None
+    constant_error: Estimate | None
+    mean_error: Estimate | None
     rmse: float
     constant_rmse: float
     mean_rmse: float
@@ -97,7 +98,9 @@ class Trust:
         """Return the report for people, the verdict first."""
         return [
             self.verdict,
-            f"relative error {self.error} (constant predictor {self.constant_error}, mean predictor {self.mean_error})",
+            "no relative error: the metric is 0 in a fine-tune"
+            if self.error is None
+            else f"relative error {self.error} (constant predictor {self.constant_error}, mean predictor {self.mean_error})",
             f"rank correlation {self.spearman}; R^2 over the mean predictor {self.r2}",
             "retraining noise is unknown: one repeat of each subset"
             if self.repeats < 2
@@ -142,8 +145,8 @@ def trust(
         settings: recorded.
 
     Raises:
-        DataError: shapes do not fit, there are fewer than 3 subsets, a number is not finite, all measurements are the same, or one
-            is 0, so that there is no relative error. ConfigError: fewer than 2 samples.
+        DataError: shapes do not fit, there are fewer than 3 subsets, a number is not finite, or all measurements are the same
+            (`same`). ConfigError: fewer than 2 samples.
     """
     predicted, measured = _checked(predicted, measured)
     truth = measured.mean(1)
@@ -157,7 +160,8 @@ def trust(
     # Both trivial predictors have to be beaten in each sample: the better of them there.
     gains, ratios = drawn[:, 1:].min(1).values - drawn[:, 0], 1 - drawn[:, 0] / drawn[:, 2].clamp(min=1e-300)
     r2 = 1 - float(squares[0].sum() / squares[2].sum())
-    errors = [mean_estimate(row, resamples=resamples, seed=seed) for row in (guesses - truth).abs() / truth.abs()]
+    relative = [None] * 3 if (truth == 0).any() else list((guesses - truth).abs() / truth.abs())
+    errors = [None if row is None else mean_estimate(row, resamples=resamples, seed=seed) for row in relative]
     left, right = dense_ranks(predicted[None]), dense_ranks(truth[None])
     spearman = float(rank_correlations(left, right)[0])
     return Trust(
@@ -177,6 +181,12 @@ def trust(
         mean=math.nan if mean is None else float(mean),
         settings=dict(settings or {}),
     )
+
+
+def same(measured: Tensor) -> bool:
+    """Return whether all subsets, `[subset]` or `[subset, repeat]`, were measured to be the same, but for the rounding of means."""
+    truth = measured.double() if measured.dim() == 1 else measured.double().mean(1)
+    return bool((truth - truth[0]).abs().max() <= 1e-12 * truth.abs().max())
 
 
 def _rank_samples(left: Tensor, right: Tensor, weights: Tensor) -> Tensor:
@@ -206,9 +216,6 @@ def _checked(predicted: Tensor, measured: Tensor) -> tuple[Tensor, Tensor]:
         )
     if not torch.isfinite(predicted).all() or not torch.isfinite(measured).all():
         raise DataError("an estimate or a measurement is not finite; leave its subset out, or find out where it comes from.")
-    truth = measured.mean(1)
-    if (truth == truth[0]).all():
+    if same(measured):
         raise DataError("all subsets were measured to be the same, so nothing can be told about estimates; measure subsets that differ.")
-    if (truth == 0).any():
-        raise DataError(f"subset {int((truth == 0).nonzero()[0])} was measured to be 0, where there is no relative error; leave it out.")
     return predicted.double(), measured
