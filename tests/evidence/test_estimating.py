@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from pyarrow import parquet
 
 import logistic
 from whence.attributor import Attributor
-from whence.errors import ConfigError, MismatchError
+from whence.errors import ConfigError, MismatchError, NumericalError
 from whence.evidence.calibrating import EstimateSettings, raw_estimates, raw_options
 from whence.evidence.estimating import Estimation, SubsetSettings, estimate
 from whence.evidence.first_order import GradientSettings, check_recipe, linearise_recipe
@@ -143,6 +144,31 @@ def test_no_number_without_what_is_known_of_its_error(tmp_path: Path) -> None:
     assert not any(line.startswith("estimated") for line in far.lines())
     worse = estimated(tmp_path, settings=EstimateSettings(ridge=1e7, calibration=4))
     assert worse.lines()[1] == "The estimates are no better than a trivial predictor:"
+
+
+def test_ridges_whose_refits_do_not_converge_are_not_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from whence.evidence import calibrating
+
+    real, least = calibrating.refit_groups, [0.0]
+
+    def stubborn(linear: Any, groups: Any, members: Any, options: Any) -> Any:
+        found = real(linear, groups, members, options)
+        return found if options.ridge >= least[0] else replace(found, converged=torch.zeros_like(found.converged))
+
+    monkeypatch.setattr(calibrating, "refit_groups", stubborn)
+    settings = EstimateSettings(calibration=4)
+    free = estimated(tmp_path, settings=settings)
+    assert free.to_json()["unconverged"] == 0
+    least[0] = 2 * free.calibration["loss"].options.ridge
+    bound_above = estimated(tmp_path, settings=settings)
+    assert bound_above.calibration["loss"].options.ridge >= least[0]
+    assert all(one.options.ridge >= least[0] for one in bound_above.calibration["loss"].table)
+    given = estimated(tmp_path, settings=EstimateSettings(ridge=least[0] / 2, calibration=4))
+    assert given.predictions.unconverged == given.to_json()["unconverged"] == 30
+    assert given.lines()[-1] == "30 refits did not converge: do not use their estimates; give a greater ridge."
+    least[0] = 1e30
+    with pytest.raises(NumericalError, match="has refits that converge on the calibration runs; give a greater ridge"):
+        estimated(tmp_path, settings=settings)
 
 
 class Still:

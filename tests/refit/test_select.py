@@ -178,6 +178,15 @@ def test_forward_takes_a_group_though_the_model_as_it_is_is_better(until: Until)
     assert len(found.numbers) == (5 if until == "budget" else 1)
 
 
+def test_refits_that_do_not_converge_are_counted() -> None:
+    assert select(problem(), SelectOptions()).unconverged == 0
+    found = select(problem(options=RefitOptions(ridge=1e-3, tolerance=1e-12, most_steps=1)), SelectOptions())
+    assert found.unconverged > 0
+    assert found.lines()[-1] == f"{found.unconverged:,} refits did not converge: give a greater ridge."
+    assert found.to_json()["unconverged"] == found.unconverged
+    assert select(problem(options=RefitOptions(ridge=1.0, steps=1)), SelectOptions()).unconverged == 0, "one step was asked for"
+
+
 def test_backward_to_a_budget_needs_one() -> None:
     with pytest.raises(ConfigError, match="give a budget of examples or tokens or most_alike, or until='gain' or 'best'"):
         select(problem(), SelectOptions(method="backward", until="budget"))

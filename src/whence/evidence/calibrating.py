@@ -12,7 +12,7 @@ from typing import Literal, Unpack, get_args
 
 import torch
 
-from whence.errors import ConfigError
+from whence.errors import ConfigError, NumericalError
 from whence.evaluate.retrain import Running
 from whence.evidence.first_order import FineTunes, Linear, fine_tune
 from whence.recipes.base import Recipe
@@ -117,14 +117,19 @@ def gather(
 def raw_estimates(linear: Linear, subsets: Subsets, options: RefitOptions, settings: EstimateSettings) -> Predictions:
     """Return estimates of subsets before any shift."""
     if settings.method == "gradex":
-        w = gradex(linear.train, subsets.example_masks(), _gradex(linear, settings))
-    else:
-        w = refit_groups(linear.train, linear.groups.numbers, subsets.members, options).w
-    return predict(linear.target, w)
+        return predict(linear.target, gradex(linear.train, subsets.example_masks(), _gradex(linear, settings)))
+    found = refit_groups(linear.train, linear.groups.numbers, subsets.members, options)
+    return replace(predict(linear.target, found.w), unconverged=found.unconverged)
 
 
 def calibrated(linear: Linear, real: FineTunes, settings: EstimateSettings) -> dict[str, Calibration]:
-    """Choose the ridge by one metric, and for every metric what is added to an estimate."""
+    """Choose the ridge by one metric, and for every metric what is added to an estimate.
+
+    A ridge with which a refit does not converge is not chosen.
+
+    Raises:
+        NumericalError: there is no other.
+    """
     base = raw_options(linear, settings)
     made: dict[RefitOptions, Predictions] = {}
 
@@ -134,7 +139,15 @@ def calibrated(linear: Linear, real: FineTunes, settings: EstimateSettings) -> d
         return made[options]
 
     several = settings.ridge is None and settings.method in ("refit", "influence")
-    candidates = ridge_grid(base, ridges(linear), steps=(base.steps,)) if several else [base]
+    candidates = [base]
+    if several:
+        tried = ridge_grid(base, ridges(linear), steps=(base.steps,))
+        candidates = [options for options in tried if not estimates(options).unconverged]
+    if not candidates:
+        raise NumericalError(
+            f"none of {len(tried)} ridges from {tried[0].ridge:.3g} to {tried[-1].ridge:.3g} has refits that converge on the calibration "
+            "runs; give a greater ridge, or method='influence', which takes one step."
+        )
     found: dict[str, Calibration] = {}
     for metric in (settings.metric, *(name for name in linear.start.metrics if name != settings.metric)):
         found[metric] = calibrate(

@@ -133,6 +133,8 @@ class Estimation:
             lines += judgement(calibration, told)
         if calibration is not None and calibration.at_edge:
             lines.append("The best ridge is the least or greatest that was tried.")
+        if lost := self.predictions.unconverged:
+            lines.append(f"{lost:,} refits did not converge: do not use their estimates; give a greater ridge.")
         return lines
 
     def to_json(self) -> dict[str, Any]:
@@ -141,6 +143,7 @@ class Estimation:
             "settings": self.settings,
             "subsets": len(self.subsets),
             "groups": len(self.subsets.groups),
+            "unconverged": self.predictions.unconverged,
             "start": self.start.to_json(),
             "calibration": {name: one.to_json() for name, one in self.calibration.items()},
             "trust": {name: one.to_json() for name, one in self.trust.items()},

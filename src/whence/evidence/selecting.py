@@ -51,10 +51,12 @@ class Selected:
         own, settings, calibration = self.selection, self.selection.settings, self.calibration
         told = f"estimated {settings['metric']} on {settings['split']}: {own.estimate:.4g}; with all groups {own.everything:.4g}"
         told += f"; {self.start:.4g} as the model is. It chose, so that it is too good: fine-tune, and look at rows it never saw."
-        first = own.lines()[0]
+        first = [own.lines()[0]]
+        if own.unconverged:
+            first.append(f"{own.unconverged:,} refits did not converge: give a greater ridge.")
         if self.trust is not None:
-            return [first, *([told] if self.trust.beats else []), *self.trust.lines()]
-        return [first, *([f"No report: {self.unreported}."] if self.unreported else []), *judgement(calibration, told)]
+            return [*first, *([told] if self.trust.beats else []), *self.trust.lines()]
+        return [*first, *([f"No report: {self.unreported}."] if self.unreported else []), *judgement(calibration, told)]
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON values."""

@@ -156,11 +156,13 @@ class Predictions:
         metrics: names: `loss`, `accuracy`, `probability`, each also as `NAME/GROUP`.
         values: float64 `[subset, metric]`; means over validation examples, or over a group's.
         split: of the data they are about.
+        unconverged: of how many subsets the refit was given up before it converged.
     """
 
     metrics: tuple[str, ...]
     values: Tensor
     split: str
+    unconverged: int = 0
 
     def of(self, metric: str) -> Tensor:
         """Return one metric, float64 `[subset]`.
@@ -182,7 +184,7 @@ class Predictions:
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON values."""
-        return {"split": self.split, "metrics": list(self.metrics), "values": self.values.tolist()}
+        return {"split": self.split, "metrics": list(self.metrics), "values": self.values.tolist(), "unconverged": self.unconverged}
 
 
 def predict(target: Target, w: Tensor, metrics: Sequence[Metric] | None = None) -> Predictions:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ class Problem:
     target: Target
     metric: Metric
     options: RefitOptions
+    _unconverged: list[int] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if "test" in re.split(r"[^a-z]+", self.target.split.lower()):
@@ -56,7 +57,14 @@ class Problem:
     def refit(self, members: Tensor, start: Tensor | None = None) -> Tensor:
         """Return `w` `[subset, k]` of subsets `[subset, group]`; `start` `[k]` is of a subset that differs little."""
         known = start if self.options.steps is None else None
-        return refit_groups(self.train, self.groups.numbers, members, self.options, start=known).w
+        found = refit_groups(self.train, self.groups.numbers, members, self.options, start=known)
+        self._unconverged.append(found.unconverged)
+        return found.w
+
+    @property
+    def unconverged(self) -> int:
+        """How many refits were given up before they converged, so far."""
+        return sum(self._unconverged)
 
     def units(self, w: Tensor) -> Tensor:
         """Return the metric of every validation example or query, `[subset, unit]`."""

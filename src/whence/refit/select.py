@@ -80,6 +80,7 @@ class Selection:
         start: the metric where `order` begins: of the model as it is, or with `backward` with all groups.
         as_is: the metric of the model as it is, at `w = 0`; everything: with all groups; estimate: with the chosen ones. All are
             estimates, as they come or in the metric's units (`in_units`).
+        unconverged: how many of the refits that it was made by did not converge.
         contributions: of groups, where the method has any; as they come.
         threshold: of `ensemble`.
         settings: metric, split and all options, JSON.
@@ -94,6 +95,7 @@ class Selection:
     as_is: float
     everything: float
     estimate: float
+    unconverged: int = 0
     contributions: Contributions | None = None
     threshold: Threshold | None = None
     settings: dict[str, Any] = field(default_factory=dict)
@@ -110,12 +112,14 @@ class Selection:
 
     def lines(self) -> list[str]:
         """Return a summary for people."""
+        lost = [f"{self.unconverged:,} refits did not converge: give a greater ridge."] if self.unconverged else []
         metric = f"estimated {self.settings['metric']} on {self.settings['split']}"
         return [
             f"{len(self.groups):,} of {self.settings['groups']:,} groups chosen, {len(self.examples):,} of "
             f"{self.settings['examples']:,} examples ({self.settings['method']})",
             f"{metric}: {self.estimate:.4g}; with all groups {self.everything:.4g}, as the model is {self.as_is:.4g}",
             "The selection was made by this metric, so that its estimate is too good; fine-tune on it, and look at rows it never saw.",
+            *lost,
         ]
 
     def to_json(self) -> dict[str, Any]:
@@ -158,7 +162,7 @@ def select(problem: Problem, options: SelectOptions, limits: Limits | None = Non
     """
     limits = limits or Limits(problem.groups, Constraints())
     check_until(options, limits.constraints)
-    count = len(problem.groups)
+    count, lost = len(problem.groups), problem.unconverged
     everything = float(problem.values(problem.refit(torch.ones(1, count, dtype=torch.bool))))
     as_is = problem.as_is()
     contributions, threshold = None, None
@@ -183,6 +187,7 @@ def select(problem: Problem, options: SelectOptions, limits: Limits | None = Non
         as_is=as_is,
         everything=everything,
         estimate=path[steps - 1] if steps else start,
+        unconverged=problem.unconverged - lost,
         contributions=contributions,
         threshold=threshold,
         settings=settings | {"shares": list(options.shares)},

@@ -90,6 +90,11 @@ class Refit:
     def __len__(self) -> int:
         return len(self.w)
 
+    @property
+    def unconverged(self) -> int:
+        """How many subsets were given up before they converged; 0 where a number of steps was asked for."""
+        return int((~self.converged).sum()) if self.options.steps is None else 0
+
 
 def refit(linear: Linearised, weights: Tensor, options: RefitOptions) -> Refit:
     """Refit subsets given as a weight for every example, one after the other, with each one's exact curvature at every step.
