@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from whence.errors import ConfigError, DataError
+from whence.errors import ConfigError, DataError, MismatchError
 from whence.refit.linear import Linearised
 from whence.refit.subsets import (
     Groups,
@@ -87,6 +87,16 @@ def test_subsets_come_back_from_their_file(tmp_path: Path) -> None:
     (tmp_path / "other.json").write_text("[[0]]")
     with pytest.raises(DataError, match="no saved subsets"):
         load_subsets(tmp_path / "other.json")
+
+
+def test_saved_subsets_are_of_the_groups_they_were_saved_with(tmp_path: Path) -> None:
+    made, path = bernoulli(groups_of("aabbc"), count=6), tmp_path / "subsets.json"
+    made.save(path)
+    assert (subsets_from_file(path, groups_of("aabbc")).members == made.members).all()
+    with pytest.raises(MismatchError, match="were saved with other groups: 3 groups of 5 examples are asked for"):
+        subsets_from_file(path, groups_of("bbaac"))
+    with pytest.raises(MismatchError, match="were saved with the same groups of other examples"):
+        subsets_from_file(path, groups_of("abbbc"))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from whence.errors import ConfigError, DataError
+from whence.errors import ConfigError, DataError, MismatchError
 from whence.evaluate.clusters import cluster_rows
 from whence.refit.linear import Linearised
 from whence.storage.run import read_json, write_json_atomic
@@ -130,7 +130,7 @@ class Subsets:
         return Subsets(members=self.members[list(places)], groups=self.groups, settings=self.settings | {"taken": list(places)})
 
     def to_json(self) -> dict[str, Any]:
-        """Return JSON values that `subsets_from_json` reads."""
+        """Return JSON values, those of a file that `load_subsets` and `subsets_from_file` read."""
         subsets = [own.nonzero()[:, 0].tolist() for own in self.members]
         return {"groups": self.groups.to_json(), "subsets": subsets, "settings": self.settings}
 
@@ -217,10 +217,11 @@ def leave_one_group_out(groups: Groups) -> Subsets:
 def subsets_from_file(path: Path | str, groups: Groups) -> Subsets:
     """Return subsets from a file: JSON, a list of lists; or one subset per line, its groups separated by commas or tabs.
 
-    A group is named, or given as its number where no group has that name.
+    A file of `Subsets.save` is read too, for the groups it was saved with. A group is named, or given as its number where no group has that name.
 
     Raises:
-        DataError: the file cannot be read or holds no subsets, or a group is unknown.
+        DataError: the file cannot be read or holds no subsets, or a group is unknown. MismatchError: subsets were saved with other
+            groups, so that numbers mean others.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -232,10 +233,23 @@ def subsets_from_file(path: Path | str, groups: Groups) -> Subsets:
         except json.JSONDecodeError as error:
             raise DataError(f"{path} is not JSON: {error}.") from None
         listed = found.get("subsets") if isinstance(found, dict) else found
+        if isinstance(found, dict) and "groups" in found:
+            _check_saved(found["groups"], groups, path)
     else:
         lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
         listed = [[name.strip() for name in line.replace("\t", ",").split(",") if name.strip()] for line in lines]
     return Subsets(members=_members(listed, groups, str(path)), groups=groups, settings={"design": "file", "file": Path(path).name})
+
+
+def _check_saved(saved: Any, groups: Groups, path: Path | str) -> None:
+    own = groups.to_json()
+    if not isinstance(saved, dict) or (differs := [name for name in own if saved.get(name) != own[name]]):
+        what = {"names": "other groups", "numbers": "the same groups of other examples"}
+        why = what["names"] if not isinstance(saved, dict) or "names" in differs else what["numbers"]
+        raise MismatchError(
+            f"the subsets in {path} were saved with {why}: {len(groups)} groups of {len(groups.numbers)} examples are asked for. Group the "
+            "rows as then (the same data, grouping and seed), or give the subsets as lists of names."
+        )
 
 
 def _check_count(count: int, share: float) -> None:
