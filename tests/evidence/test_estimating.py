@@ -22,7 +22,7 @@ from whence.recipes.base import Options, Recipe
 from whence.refit.gradex import gradex
 from whence.refit.subsets import groups_of, load_subsets
 from whence.refit.trust import trust
-from whence.tasks import Classification
+from whence.tasks import Classification, Task
 
 WHOLE = GradientSettings(projection="none")
 GIVEN = EstimateSettings(ridge=logistic.RIDGE, calibration=4, held_out=5)
@@ -281,6 +281,20 @@ def test_settings_that_cannot_be_used(name: str) -> None:
         kind(**fields)
 
 
+class Own(Task):
+    """A task of one's own, of which nothing is known."""
+
+
+class Unmeasured(Classification):
+    """A task that does not say what it measures."""
+
+    measure = None  # type: ignore[assignment]
+
+    def __init__(self) -> None:
+        super().__init__()
+        vars(self).pop("measure", None)
+
+
 class Bare:
     """A procedure that measures no options."""
 
@@ -299,6 +313,8 @@ LACKING: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     ),
     "no retraining": ({"retraining": None}, {}, "recipe mine cannot be trained again"),
     "margin": ({"task": Classification(measurement="margin")}, {}, "recipe mine measures margin, and fine-tunes are compared by loss"),
+    "unknown task": ({"task": Own()}, {}, "Own, does not say how many labels of a row are trained"),
+    "no measure": ({"task": Unmeasured()}, {}, "Unmeasured, does not say what it measures"),
     "options unmeasured": ({"options": CHOICES, "retraining": Bare()}, {}, "its retraining measures none; give it a field with_options"),
 }
 

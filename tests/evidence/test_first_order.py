@@ -26,7 +26,7 @@ from whence.recipes.start import load_start
 from whence.recipes.training import train_model
 from whence.refit.predict import predict
 from whence.refit.subsets import Subsets, groups_of
-from whence.tasks import CausalLM, Classification
+from whence.tasks import CausalLM, Classification, SequenceClassification
 from whence.tasks.likelihoods import IGNORE
 
 pytest.importorskip("transformers")
@@ -135,6 +135,9 @@ def test_trained_tokens_are_counted(recipe: Recipe, linear: Linear) -> None:
     places = replace(recipe, task=Classification(), collate=None)
     assert trained_tokens(places, [(torch.zeros(3), torch.tensor([1, IGNORE, 2]))]).tolist() == [2]
     assert trained_tokens(places, [(torch.zeros(3), 1)] * 2).tolist() == [1, 1]
+    several = [{"labels": torch.tensor([1.0, 0.0, 1.0])}]
+    labels = replace(recipe, task=SequenceClassification(), collate=None)
+    assert trained_tokens(labels, several).tolist() == [3], "each of several labels has a part in the sum"
 
 
 def test_lora_and_full_models_say_how_long_their_weights_are(recipe: Recipe, linear: Linear) -> None:

@@ -114,6 +114,7 @@ def check_recipe(recipe: Recipe, *, by: str, metric: str, fine_tunes: bool) -> N
     if slash and group not in (recipe.query_groups or ()):
         known = ", ".join(dict.fromkeys(recipe.query_groups or ())) or "none"
         raise ConfigError(f"metric={metric!r}: no query of recipe {recipe.name} is of group {group!r}; groups of queries: {known}.")
+    check_counted(recipe)
     if not fine_tunes:
         return
     procedure = procedure_of(recipe)
@@ -122,7 +123,12 @@ def check_recipe(recipe: Recipe, *, by: str, metric: str, fine_tunes: bool) -> N
             f"the queries of recipe {recipe.name} choose from options, and its retraining measures none; give it a field with_options, as "
             "whence.recipes.retraining.Retraining has, or a recipe without options."
         )
-    if measure_of(recipe) not in ("loss", None):
+    if measure_of(recipe) is None:
+        raise ConfigError(
+            f"the task of recipe {recipe.name}, {type(recipe.task).__name__}, does not say what it measures, and fine-tunes are compared "
+            "by loss; use one of whence.tasks, or a subclass of whence.tasks.modelled.ModelledTask with measure='loss'."
+        )
+    if measure_of(recipe) != "loss":
         raise ConfigError(
             f"recipe {recipe.name} measures {measure_of(recipe)}, and fine-tunes are compared by loss; open it with --measurement loss."
         )
@@ -167,11 +173,27 @@ def _groups(recipe: Recipe, train: Linearised, settings: GradientSettings) -> Gr
     return single_groups(train.examples) if settings.by == "row" else groups_of(list(recipe.groups or ()))
 
 
+def check_counted(recipe: Recipe) -> ModelledTask:
+    """Return a recipe's task, of which trained labels can be counted.
+
+    Raises:
+        ConfigError: they cannot, so that the mean loss per label is not known.
+    """
+    if isinstance(recipe.task, ModelledTask):
+        return recipe.task
+    raise ConfigError(
+        f"the task of recipe {recipe.name}, {type(recipe.task).__name__}, does not say how many labels of a row are trained, so that its "
+        "mean loss is not known; use one of whence.tasks, or a subclass of whence.tasks.modelled.ModelledTask."
+    )
+
+
 def trained_tokens(recipe: Recipe, rows: Sequence[Any]) -> Tensor:
-    """Return how many labels of each row are trained, int64 `[row]`; one where the task does not say."""
-    task = recipe.task
-    if not isinstance(task, ModelledTask):
-        return torch.ones(len(rows), dtype=torch.int64)
+    """Return how many labels of each row are trained, int64 `[row]`.
+
+    Raises:
+        ConfigError: the task does not say.
+    """
+    task = check_counted(recipe)
     batches = iterate_batches(rows, range(len(rows)), batch_size=_BATCH, collate=recipe.collate, device="cpu")
     return torch.cat([(labels.reshape(len(labels), -1) != IGNORE).sum(1) for labels in (task.targets(batch.data) for batch in batches)])
 
