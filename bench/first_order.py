@@ -9,6 +9,9 @@ others judge. Predictors: `constant` (the model as it is) and `mean` (of the cal
 the number of rows; `cosine` the mean cosine of the subset's gradients with the queries'; `gradient`, `influence` (one Newton step,
 TRAK's form), `refit`, each with the projections asked for; `gradex` the published recipe in output space; `datamodel` a ridge
 regression of the loss on group membership, on the calibration runs. Writes results/first_order_NAME.json.
+
+What is in the run folder already is read. `costs` has seconds of what this run made alone: of the gradients (null where some were
+there), of so many fine-tunes out of all, of each predictor's calibration and of its estimates of the held-out subsets.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ from whence.attributor import Attributor
 from whence.evidence.calibrating import EstimateSettings, Method, calibrated, in_units, raw_estimates
 from whence.evidence.estimating import SubsetSettings
 from whence.evidence.first_order import FineTunes, GradientSettings, Linear, fine_tune, linearise_recipe
-from whence.recipes.base import load_recipe
+from whence.recipes.base import Recipe, load_recipe
 from whence.refit.subsets import Subsets
 from whence.refit.trust import trust
 
@@ -44,7 +47,10 @@ def drawn(linear: Linear, options: argparse.Namespace) -> Subsets:
     for place, share in enumerate(options.shares):
         settings = SubsetSettings(share=share, seed=options.seed + 1 + place, design=options.design)
         parts.append(settings.draw_real(linear.groups, options.subsets // 4))
-    return replace(parts[0], members=torch.cat([part.members for part in parts]))
+    members = torch.cat([part.members for part in parts])
+    if len(members.unique(dim=0)) < len(members):
+        raise SystemExit("two subsets are the same, and one could calibrate what the other judges; ask for fewer, or make smaller groups.")
+    return replace(parts[0], members=members)
 
 
 def line(feature: Predictor, real: FineTunes, metric: str) -> Predictor:
@@ -75,15 +81,20 @@ def datamodel(real: FineTunes, metric: str) -> Predictor:
 
 
 def first_order(linear: Linear, real: FineTunes, settings: EstimateSettings, metric: str) -> tuple[Predictor, dict[str, Any]]:
+    start = time.perf_counter()
     found = calibrated(linear, real, settings)
+    seconds = time.perf_counter() - start
     options = found[settings.metric].options
     kept = {"ridge": options.ridge, "adjust": found[metric].adjust, "at_edge": found[settings.metric].at_edge, "slope": found[metric].slope}
+    kept["calibration_seconds"] = seconds
     return lambda subsets: in_units(raw_estimates(linear, subsets, options, settings), found).of(metric), kept
 
 
 def judged(predictor: Predictor, real: FineTunes, metric: str, constant: float, mean: float) -> dict[str, Any]:
-    report = trust(predictor(real.subsets), real.metric(metric), constant=constant, mean=mean)
-    return report.to_json()
+    start = time.perf_counter()
+    estimates = predictor(real.subsets)
+    seconds = time.perf_counter() - start
+    return {**trust(estimates, real.metric(metric), constant=constant, mean=mean).to_json(), "estimates_seconds": seconds}
 
 
 def report(linears: dict[str, Linear], calibration: FineTunes, held_out: FineTunes, metric: str) -> dict[str, Any]:
@@ -102,7 +113,42 @@ def report(linears: dict[str, Linear], calibration: FineTunes, held_out: FineTun
     return {name: {**judged(one, held_out, metric, constant, mean), **kept} for name, (one, kept) in predictors.items()}
 
 
-def main() -> None:
+def linearised(recipe: Recipe, run: Path, options: argparse.Namespace, costs: dict[str, Any]) -> tuple[dict[str, Linear], Attributor]:
+    """Return the recipe's model to first order by variant, all with the first one's groups, and the last attributor."""
+    linears: dict[str, Linear] = {}
+    groups = None
+    for variant in options.variants:
+        projection, _, kind = variant.partition(":")
+        folder = run / variant.replace(":", "-")
+        begun = (folder / "linearised").exists()
+        attributor = Attributor(recipe.model, recipe.task, layers=recipe.layers, run_dir=folder, collate=recipe.collate)
+        settings = GradientSettings(
+            projection=projection, dimension=options.dimension, per_token=kind == "token", by=options.by, seed=options.seed
+        )
+        start = time.perf_counter()
+        linear = linearise_recipe(attributor, recipe, settings)
+        costs[f"gradients {variant}"] = None if begun else time.perf_counter() - start
+        groups = groups or linear.groups
+        linears[variant] = replace(linear, groups=groups)
+    return linears, attributor
+
+
+def fine_tuned(
+    recipe: Recipe, linear: Linear, attributor: Attributor, run: Path, options: argparse.Namespace, costs: dict[str, Any]
+) -> FineTunes:
+    """Return real fine-tunes; their cost is that of those which were not there."""
+    subsets, folder = drawn(linear, options), run / "retrain"
+    there = len(list(folder.rglob("*.safetensors")))
+    start = time.perf_counter()
+    running: Any = {"folder": folder, "n_jobs": options.jobs, "stages": attributor.stages}
+    real = fine_tune(recipe, linear, subsets, repeats=options.repeats, seed=options.seed, **running)
+    made = len(list(folder.rglob("*.safetensors"))) - there
+    seconds = time.perf_counter() - start
+    costs["fine-tunes"] = {"of": len(subsets) * options.repeats, "made": made, "seconds": seconds if made else None}
+    return real
+
+
+def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe")
     parser.add_argument("checkpoint", type=Path)
@@ -118,33 +164,19 @@ def main() -> None:
     parser.add_argument("--variants", nargs="*", default=["pca:mean", "random:mean"], help="projection:mean or projection:token")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parsed()
     torch.set_num_threads(1)
     recipe = load_recipe(options.recipe, checkpoint_dir=options.checkpoint)
     run = options.run_dir or Path("runs") / f"first-order-{options.name}"
-    linears: dict[str, Linear] = {}
-    seconds: dict[str, float] = {}
-    groups = None
-    for variant in options.variants:
-        projection, _, kind = variant.partition(":")
-        attributor = Attributor(
-            recipe.model, recipe.task, layers=recipe.layers, run_dir=run / variant.replace(":", "-"), collate=recipe.collate
-        )
-        start = time.perf_counter()
-        settings = GradientSettings(
-            projection=projection, dimension=options.dimension, per_token=kind == "token", by=options.by, seed=options.seed
-        )
-        linears[variant] = linearise_recipe(attributor, recipe, settings)
-        seconds[f"gradients {variant}"] = time.perf_counter() - start
-        groups = groups or linears[variant].groups
-        linears[variant] = replace(linears[variant], groups=groups)  # the first variant's clusters for all
+    costs: dict[str, Any] = {}
+    linears, attributor = linearised(recipe, run, options, costs)
     first = linears[options.variants[0]]
-    subsets = drawn(first, options)
-    start = time.perf_counter()
-    running: Any = {"folder": run / "retrain", "n_jobs": options.jobs, "stages": attributor.stages}
-    real = fine_tune(recipe, first, subsets, repeats=options.repeats, seed=options.seed, **running)
-    seconds["fine-tunes"] = time.perf_counter() - start
-    order = list(range(len(subsets)))
+    real = fine_tuned(recipe, first, attributor, run, options, costs)
+    order = list(range(len(real.subsets)))
     calibration, held_out = real.take(order[: options.calibration]), real.take(order[options.calibration :])
     metrics = [name for name in first.start.metrics if name.split("/")[0] == "loss"]
     results = {metric: report(linears, calibration, held_out, metric) for metric in metrics}
@@ -161,7 +193,7 @@ def main() -> None:
         {
             "environment": environment(),
             "settings": {**{k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}, "train": len(recipe.train)},
-            "seconds": seconds,
+            "costs": costs,
             "measured": {"sizes": real.subsets.sizes.tolist(), **{metric: real.metric(metric).tolist() for metric in metrics}},
             "results": results,
         },

@@ -130,14 +130,13 @@ def calibrate(
     if not torch.isfinite(outer[best]):
         raise DataError("every estimate falls where the measurements rise, so that no slope above 0 fits; allow adjust='shift'.")
     options, fitted = tried[best]
-    shift, slope = map(float, fits[best])
     ridges = {one.ridge for one in candidates if one.steps == options.steps}
     others = (truth.sum() - truth) / (len(truth) - 1)
     return Calibration(
         options=options,
         adjust=fitted,
-        shift=shift,
-        slope=slope,
+        shift=float(fits[best][0]),
+        slope=float(fits[best][1]),
         error=float(nested.mean().sqrt()),
         constant_error=float((constant - truth).square().mean().sqrt()),
         mean_error=float((others - truth).square().mean().sqrt()),

@@ -217,7 +217,8 @@ def leave_one_group_out(groups: Groups) -> Subsets:
 def subsets_from_file(path: Path | str, groups: Groups) -> Subsets:
     """Return subsets from a file: JSON, a list of lists; or one subset per line, its groups separated by commas or tabs.
 
-    A file of `Subsets.save` is read too, for the groups it was saved with. A group is named, or given as its number where no group has that name.
+    A file of `Subsets.save` is read too, for the groups it was saved with.
+    A group is named, or given as its number where no group has that name.
 
     Raises:
         DataError: the file cannot be read or holds no subsets, or a group is unknown. MismatchError: subsets were saved with other
