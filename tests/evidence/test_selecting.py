@@ -111,6 +111,19 @@ def test_no_estimate_is_told_that_is_no_better_than_a_trivial_predictor(tmp_path
     assert not any("estimated" in line for line in lines)
 
 
+def test_why_there_is_no_report_is_said(tmp_path: Path) -> None:
+    class Still(logistic.ExactRefit):
+        key = "still"
+
+        def __call__(self, rows: Any, seed: int) -> torch.Tensor:
+            return torch.full((logistic.QUERIES,), 0.1)
+
+    found = selected(tmp_path, logistic.mine(retraining=Still()), settings=EstimateSettings(ridge=1.0, calibration=4, held_out=5))
+    assert found.trust is None
+    assert found.lines()[1] == "No report: loss is 0.1 in all 5 held-out fine-tunes."
+    assert found.to_json()["unreported"] == "loss is 0.1 in all 5 held-out fine-tunes"
+
+
 @pytest.mark.parametrize("method", ["forward", "backward", "ensemble", "ridge", "lasso", "influence"])
 def test_every_method_leaves_wrong_labels_out(tmp_path: Path, method: Any) -> None:
     how = SelectOptions(method=method, subsets=200)

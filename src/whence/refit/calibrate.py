@@ -120,15 +120,7 @@ def calibrate(
             squares.append((shift + slope.clamp(min=0) * found - truth).square())
             rising.append(slope.diagonal() > 0)
             fits.append(_fit(found, truth, one, torch.ones(len(truth), dtype=torch.bool)))
-    pairs = torch.stack(squares)  # [candidate, run left out, run predicted without both]
-    own = pairs.diagonal(dim1=1, dim2=2)  # without itself
-    # What is held out has no say in the choice by which it is predicted, nor in the fits that the choice is made by.
-    inner = (pairs.sum(2) - own).masked_fill(~torch.stack(rising), torch.inf)
-    nested = own.gather(0, inner.argmin(0, keepdim=True))[0]
-    outer = own.mean(1).masked_fill(torch.tensor([float(slope) <= 0 for _, slope in fits]), torch.inf)
-    best = int(outer.argmin())
-    if not torch.isfinite(outer[best]):
-        raise DataError("every estimate falls where the measurements rise, so that no slope above 0 fits; allow adjust='shift'.")
+    own, nested, best = _chosen(torch.stack(squares), torch.stack(rising), [float(slope) for _, slope in fits])
     options, fitted = tried[best]
     ridges = {one.ridge for one in candidates if one.steps == options.steps}
     others = (truth.sum() - truth) / (len(truth) - 1)
@@ -159,6 +151,25 @@ def _check(truth: Tensor, candidates: Sequence[RefitOptions], adjust: Sequence[A
         raise ConfigError(f"{len(truth)} fine-tunes cannot calibrate with adjust={tuple(adjust)}; give {need} or more.")
     if not torch.isfinite(truth).all():
         raise DataError("a measurement is not finite; leave its fine-tune out, or find out where it comes from.")
+
+
+def _chosen(pairs: Tensor, rising: Tensor, slopes: Sequence[float]) -> tuple[Tensor, Tensor, int]:
+    """Return the squared errors of held-out fine-tunes `[candidate, run]`, those of the whole procedure `[run]`, and the best candidate.
+
+    Args:
+        pairs: squared errors `[candidate, run left out, run predicted without both]`.
+        rising: whether the slope that is fitted without a run is above 0, bool `[candidate, run]`.
+        slopes: those that are fitted on all fine-tunes.
+    """
+    own = pairs.diagonal(dim1=1, dim2=2)
+    # What is held out has no say in the choice by which it is predicted, nor in the fits that the choice is made by.
+    inner = (pairs.sum(2) - own).masked_fill(~rising, torch.inf)
+    nested = own.gather(0, inner.argmin(0, keepdim=True))[0]
+    outer = own.mean(1).masked_fill(torch.tensor(slopes) <= 0, torch.inf)
+    best = int(outer.argmin())
+    if not torch.isfinite(outer[best]):
+        raise DataError("every estimate falls where the measurements rise, so that no slope above 0 fits; allow adjust='shift'.")
+    return own, nested, best
 
 
 def _without_two(runs: int) -> Tensor:
