@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -200,3 +201,11 @@ def test_nothing_is_chosen_where_every_group_harms(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no group betters the metric"):
         selected(tmp_path, bad, settings=ALONE, how=SelectOptions(method="influence"))
     assert not (tmp_path / "chosen.parquet").exists()
+
+
+def test_queries_of_a_test_split_are_refused_before_any_work(tmp_path: Path) -> None:
+    recipe = replace(logistic.mine(), query_split="test")
+    with pytest.raises(ConfigError, match="split 'test'"):
+        selected(tmp_path, recipe)
+    assert not (tmp_path / "run" / "linearised").exists()
+    assert selected(tmp_path, replace(recipe, query_split="train[90%:]")).selection.settings["split"] == "train[90%:]"

@@ -150,7 +150,8 @@ def linearise_recipe(
     if recipe.options is not None:
         linear = attributor.linearise(recipe.options.rows, like=train, name="options", **common)
         options = OptionRows(linear=linear, query=recipe.options.query, gold=recipe.options.gold)
-    target = Target(linear=queries, options=options, groups=recipe.query_groups, query_groups=recipe.query_groups if options else None)
+    groups, split = recipe.query_groups, recipe.query_split or "validation"
+    target = Target(linear=queries, options=options, groups=groups, query_groups=groups if options else None, split=split)
     tokens, query_tokens = (trained_tokens(recipe, rows) for rows in (recipe.train, recipe.queries))
     trained = [parameter.detach().double().norm() for parameter in recipe.model.parameters() if parameter.requires_grad]
     return Linear(

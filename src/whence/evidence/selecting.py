@@ -20,7 +20,7 @@ from whence.recipes.base import Recipe, class_names
 from whence.refit.calibrate import Calibration
 from whence.refit.limits import Constraints, Limits
 from whence.refit.predict import Metric
-from whence.refit.problem import Problem
+from whence.refit.problem import Problem, check_split
 from whence.refit.select import Selection, SelectOptions, check_until, select
 from whence.refit.trust import Trust
 from whence.workbench import Size
@@ -99,6 +99,7 @@ def select_rows(
     """
     _check(recipe, out, gradients, settings, how, constraints, overwrite=overwrite)
     subsets = SubsetSettings(share=how.share, seed=how.seed)
+    check_split(recipe.query_split or "validation")
     linear = linearise_recipe(attributor, recipe, gradients, batch_size=batch_size)
     limits = Limits(linear.groups, constraints, tokens=linear.tokens, classes=_classes(recipe), linear=linear.train)
     several = settings.calibration + settings.held_out

@@ -40,11 +40,7 @@ class Problem:
     _unconverged: list[int] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if "test" in re.split(r"[^a-z]+", self.target.split.lower()):
-            raise ConfigError(
-                f"the target is split {self.target.split!r}: a selection made on test rows makes their result worthless. Select on a "
-                "validation split, or on held-out training rows."
-            )
+        check_split(self.target.split)
         self.target.check(self.metric)
         if len(self.groups.numbers) != self.train.examples:
             raise DataError(f"groups are of {len(self.groups.numbers)} examples, training rows of {self.train.examples}.")
@@ -110,3 +106,16 @@ class Problem:
             "examples": self.train.examples,
             "refit": self.options.to_json(),
         }
+
+
+def check_split(split: str) -> None:
+    """Refuse to select by a test split.
+
+    Raises:
+        ConfigError: its name says that it is one.
+    """
+    if "test" in re.split(r"[^a-z]+", split.lower()):
+        raise ConfigError(
+            f"the target is split {split!r}: a selection made on test rows makes their result worthless. Select on a validation split, "
+            "or on held-out training rows."
+        )
