@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from whence.capture.options import CaptureOptions, Precision
 from whence.capture.passes import Rows
 from whence.capture.recorder import Programs, Recorder
-from whence.capture.survey import Survey, survey
+from whence.capture.survey import Known, Survey, survey
 from whence.capture.tracking import sum_type, taken_alone, track
 from whence.curvature.basis import Curvature
 from whence.curvature.moments import layer_scales
@@ -76,7 +76,7 @@ class Workbench:
         self._named = layers is not None and layers != "all"
         self._layers, self.coverage = track(model, layers, fallback=fallback)
         self._programs: Programs = {}
-        self._left_out: dict[str, dict[str, str]] = {}
+        self._known: Known = {}
         self._fallback, self._moments = fallback, second_moments
         self._scales = layer_scales(model, self._layers, second_moments)
         self.training_time = training_time
@@ -203,7 +203,7 @@ class Workbench:
         """Install the taps for one call and look at model and data."""
         recorder = Recorder(self.model, self._layers, self.task, options=self.options, scales=self._scales)
         with recorder.recording():
-            seen = survey(recorder, rows, datasets, lenient=not self._named, known=self._left_out)
+            seen = survey(recorder, rows, datasets, lenient=not self._named, known=self._known)
             if not self._take_alone(seen.left_out):
                 for name, reason in seen.left_out.items():
                     self.coverage.drop(name, reason)

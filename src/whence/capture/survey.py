@@ -38,9 +38,19 @@ class Survey:
     left_out: dict[str, str]
 
 
-def survey(
-    recorder: Recorder, rows: Rows, datasets: Mapping[str, Any], *, lenient: bool = True, known: dict[str, dict[str, str]] | None = None
-) -> Survey:
+@dataclass(frozen=True, kw_only=True)
+class Looked:
+    """What a look at a model found: layers that are left out, and what the taps learned of the others."""
+
+    left_out: dict[str, str]
+    learned: Any
+
+
+Known = dict[str, Looked]
+"""What was found, by all that it depends on."""
+
+
+def survey(recorder: Recorder, rows: Rows, datasets: Mapping[str, Any], *, lenient: bool = True, known: Known | None = None) -> Survey:
     """Run two rows forward, read every row of the data sets once, and leave out layers that cannot be taken.
 
     Args:
@@ -48,7 +58,7 @@ def survey(
         rows: rows to run forward.
         datasets: what is read.
         lenient: leave out a layer whose forward is not that of its kind; else it is an error.
-        known: layers left out before, by what that depends on; is added to. Where the same model, weights included, is run on batches
+        known: what was found before; is added to. Where the same model, weights included, is run on batches
             of the same form again, they are not looked for again: for a question to an index that is most of the time.
 
     Raises:
@@ -65,7 +75,7 @@ def survey(
         ) from error
 
 
-def _survey(recorder: Recorder, rows: Rows, datasets: Mapping[str, Any], lenient: bool, known: dict[str, dict[str, str]]) -> Survey:
+def _survey(recorder: Recorder, rows: Rows, datasets: Mapping[str, Any], lenient: bool, known: Known) -> Survey:
     task, model = recorder.task, recorder.model
     found, batch = _options(task), _batch(rows, rows.indices[:2])
     with torch.no_grad():
@@ -85,8 +95,9 @@ def _survey(recorder: Recorder, rows: Rows, datasets: Mapping[str, Any], lenient
         lenient,
     )
     if (key := repr(depends)) not in known:
-        known[key] = _left_out(recorder, rows, batch, lenient)
-    left_out = known[key]
+        known[key] = Looked(left_out=_left_out(recorder, rows, batch, lenient), learned=recorder.taps.learned())
+    left_out = known[key].left_out
+    recorder.taps.recall(known[key].learned)
     for name in left_out:
         recorder.leave_out(name)
     identity = {

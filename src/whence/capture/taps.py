@@ -145,6 +145,15 @@ class Taps:
         shared.readers += 1
         return shared
 
+    def learned(self) -> tuple[set[str], set[str], set[tuple[str, nn.Module]]]:
+        """Return what the passes so far have taught about the model, for `recall`."""
+        return set(self.copied), set(self.cloned), set(self._checked)
+
+    def recall(self, learned: tuple[set[str], set[str], set[tuple[str, nn.Module]]]) -> None:
+        """Know from the beginning what other taps on the same model have learned."""
+        for own, known in zip((self.copied, self.cloned, self._checked), learned, strict=True):
+            own |= known  # type: ignore[operator]
+
     def overwritten(self) -> bool:
         """Note what the forward pass overwrote in place after a tap saw it; whether anything that was kept is wrong now."""
         assert self.now is not None
