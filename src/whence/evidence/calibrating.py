@@ -72,6 +72,11 @@ class EstimateSettings:
                 "more to calibrate, 0 or 3 and more to judge, and 1 repeat or more."
             )
 
+    @property
+    def fine_tunes(self) -> int:
+        """Subsets that are really fine-tuned on."""
+        return self.calibration + self.held_out
+
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:

@@ -201,7 +201,7 @@ def estimate(
     Raises:
         ConfigError: settings that cannot be used, or a recipe that has not what they need. Others of `Attributor.linearise`.
     """
-    several = settings.calibration + settings.held_out
+    several = settings.fine_tunes
     check_recipe(recipe, by=gradients.by, metric=settings.metric, fine_tunes=several > 0)
     linear = linearise_recipe(attributor, recipe, gradients, batch_size=batch_size, overwrite=overwrite)
     drawn = subsets.draw(linear.groups)

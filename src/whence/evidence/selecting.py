@@ -99,10 +99,9 @@ def select_rows(
     """
     _check(recipe, out, gradients, settings, how, constraints, overwrite=overwrite)
     subsets = SubsetSettings(share=how.share, seed=how.seed)
-    check_split(recipe.query_split or "validation")
     linear = linearise_recipe(attributor, recipe, gradients, batch_size=batch_size)
     limits = Limits(linear.groups, constraints, tokens=linear.tokens, classes=_classes(recipe), linear=linear.train)
-    several = settings.calibration + settings.held_out
+    several = settings.fine_tunes
     chosen = subsets.draw_real(linear.groups, several) if several else None
     evidence = gather(recipe, linear, chosen, settings, seed=how.seed, **running)
     metric = cast(Metric, settings.metric)
@@ -153,7 +152,9 @@ def _check(
     if settings.metric == "accuracy" and how.method == "influence":
         raise ConfigError("accuracy has no derivative; use metric='probability' for influence, or another method.")
     check_until(how, constraints)
-    check_recipe(recipe, by=gradients.by, metric=settings.metric, fine_tunes=settings.calibration + settings.held_out > 0)
+    if recipe.query_split is not None:
+        check_split(recipe.query_split)
+    check_recipe(recipe, by=gradients.by, metric=settings.metric, fine_tunes=settings.fine_tunes > 0)
     classes = _classes(recipe)
     if constraints.minimum and classes is None:
         raise ConfigError(f"minimum={dict(constraints.minimum)!r}: the rows of recipe {recipe.name} are of no group and no class.")

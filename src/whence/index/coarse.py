@@ -23,7 +23,7 @@ from whence.index.factors import FactorRows, HeldMatrices
 from whence.index.meeting import StoredTriplets, rows_together
 from whence.index.names import COARSE, NORM, coarse_name, done, row_shards
 from whence.index.projection import Projection, Tensors
-from whence.index.stored import StoredIndex
+from whence.index.stored import StoredIndex, by_shard
 from whence.runtime.progress import Stages
 from whence.storage.shards import ShardStore
 
@@ -85,7 +85,7 @@ def blocks_at(stored: StoredIndex, projection: Projection, held: object, places:
     """Yield ids and scores of the rows at some places, ascending, as `StoredIndex.blocks` does of all."""
     # Rows of many shards at once: a few of each would be many small products.
     together: list[tuple[Tensor, dict[str, Tensor]]] = []
-    first, several = 0, max(1, _TOGETHER_BYTES // max(1, projection.row_bytes))
+    several = max(1, _TOGETHER_BYTES // max(1, projection.row_bytes))
 
     def block() -> tuple[Tensor, Tensor]:
         ids = torch.cat([own for own, _ in together])
@@ -93,11 +93,10 @@ def blocks_at(stored: StoredIndex, projection: Projection, held: object, places:
         together.clear()
         return ids, projection.scores(rows, held, len(ids))
 
-    for name, ids in stored.shards():
-        here = places[(places >= first) & (places < first + len(ids))] - first
-        first += len(ids)
-        for some in here.split(several) if len(here) else ():
-            together.append((ids[some], projection.at(stored.store.view(name), some)))
+    of_shards = dict(stored.shards())
+    for name, _, here in by_shard([(name, len(ids)) for name, ids in of_shards.items()], places):
+        for some in here.split(several):
+            together.append((of_shards[name][some], projection.at(stored.store.view(name), some)))
             if sum(len(own) for own, _ in together) >= several:
                 yield block()
     if together:
@@ -107,14 +106,8 @@ def blocks_at(stored: StoredIndex, projection: Projection, held: object, places:
 def _drawn(store: ShardStore, shards: Mapping[str, int], projection: FactorRows, seed: int) -> dict[str, Tensor]:
     """Return some rows, drawn from all, as stored rows of their own."""
     drawn = torch.randperm(sum(shards.values()), generator=torch.Generator().manual_seed(seed))[:LANDMARKS].sort().values
-    first, found, counts = 0, [], []
-    for name, count in shards.items():
-        here = drawn[(drawn >= first) & (drawn < first + count)] - first
-        first += count
-        if len(here):
-            found.append(projection.at(store.view(name), here))
-            counts.append(len(here))
-    return projection.join(found, counts)
+    found = [(projection.at(store.view(name), here), len(here)) for name, _, here in by_shard(shards.items(), drawn)]
+    return projection.join([rows for rows, _ in found], [count for _, count in found])
 
 
 def landmarks(projection: FactorRows, rows: Tensors, count: int) -> dict[str, Tensor]:

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from whence.errors import ConfigError, StorageError
-from whence.index.dense import SCALES, VALUES, DenseRows
-from whence.index.stored import StoredIndex
+from whence.index.dense import DenseRows
+from whence.index.stored import StoredIndex, by_shard
 from whence.runtime.packages import need
 from whence.runtime.progress import Stages
 from whence.storage.manifest import MANIFEST
@@ -180,14 +180,10 @@ def _built(stored: StoredIndex, projection: DenseRows, seed: int, stages: Stages
 def _numbers(stored: StoredIndex, projection: DenseRows, places: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the rows at some places, ascending, as float32 `[row, number]`, a few at a time."""
     chunk = max(1, _CHUNK_NUMBERS // sum(part.size for part in projection.parts.values()))
-    first = 0
-    for name, ids in stored.shards():
-        here = places[(places >= first) & (places < first + len(ids))]
+    for name, first, here in by_shard(((name, len(ids)) for name, ids in stored.shards()), places):
         rows = stored.store.view(name)
-        for some in here.split(chunk) if len(here) else ():
-            own = {key: rows[key][some - first] for key in (VALUES, SCALES)}
-            yield some, projection.numbers(own).contiguous()
-        first += len(ids)
+        for some in here.split(chunk):
+            yield some + first, projection.numbers(projection.at(rows, some)).contiguous()
 
 
 def _written(built: Any, folder: Path) -> Path:

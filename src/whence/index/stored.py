@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -159,3 +159,18 @@ def read_part(store: ShardStore, number: int) -> Part:
     """Return what a part is of, whole or not."""
     begun = store.read(about(number))
     return Part(ids=begun[IDS], fingerprint=bytes(begun[FINGERPRINT].tolist()).hex())
+
+
+def by_shard(sizes: Iterable[tuple[str, int]], places: Tensor) -> Iterator[tuple[str, int, Tensor]]:
+    """Yield, of each shard that has any of some places, its name, where it begins, and which of its rows they are.
+
+    Args:
+        sizes: every shard's name and number of rows, in their order.
+        places: among the rows of all shards, int64, ascending.
+    """
+    first = 0
+    for name, count in sizes:
+        here = places[(places >= first) & (places < first + count)] - first
+        if len(here):
+            yield name, first, here
+        first += count

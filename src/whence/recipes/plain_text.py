@@ -1,4 +1,4 @@
-"""What the families of language models share: text in one column, no labels, a GPT-2 to start from."""
+"""What the families of plain text share: text in one column, a GPT-2 to start from."""
 
 from __future__ import annotations
 
@@ -7,19 +7,15 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from whence.errors import ConfigError
-from whence.recipes.family import TokenizerStyle
-from whence.recipes.presets import language_model
+from whence.recipes.language_models import LanguageModels, refuse_labels
 from whence.recipes.rows import Row, need_columns
-from whence.recipes.settings import DataSettings, PresetName
+from whence.recipes.settings import DataSettings
 
 
 @dataclass(frozen=True)
-class PlainText:
-    """A family of language models; what of a family is not here, its own says (`whence.recipes.family.Family`)."""
+class PlainText(LanguageModels):
+    """A family of plain text; what of a family is not here, its own says (`whence.recipes.family.Family`)."""
 
-    auto: ClassVar[str] = "AutoModelForCausalLM"
-    style: ClassVar[TokenizerStyle] = "gpt2"
-    over_run: ClassVar[bool] = False
     architectures: ClassVar[tuple[str, ...]] = ("gpt2",)
 
     def texts(self, rows: Sequence[Row], data: DataSettings) -> Iterator[str]:
@@ -34,14 +30,6 @@ class PlainText:
         found: list[list[int]] = tokenizer(list(self.texts(rows, data)), add_special_tokens=False, verbose=False)["input_ids"]
         return found
 
-    def head(self, rows: Sequence[Row], data: DataSettings) -> dict[str, Any]:
-        """Return nothing: there are no labels."""
-        return {}
-
-    def preset(self, size: PresetName, tokenizer: Any, data: DataSettings, architecture: str) -> Any:
-        """Return the configuration of a small GPT-2, of the layers and width of `whence.recipes.family.SIZES`."""
-        return language_model(size, tokenizer, data, architecture)
-
 
 def settled_text(data: DataSettings, *, task: str, max_length: int) -> DataSettings:
     """Fill in what is not said of rows that are plain text: the column text, and the loss.
@@ -49,12 +37,7 @@ def settled_text(data: DataSettings, *, task: str, max_length: int) -> DataSetti
     Raises:
         ConfigError: a setting that plain text has no use for.
     """
-    if data.flip:
-        raise ConfigError("flip replaces labels, and text has none. Leave --flip out.")
-    if data.label is not None:
-        raise ConfigError(f"label={data.label!r} names a column of labels, and text has none. Leave --label out.")
-    if data.measurement == "margin":
-        raise ConfigError("measurement='margin' is for classifiers; choose loss or log_odds.")
+    refuse_labels(data, "text has none")
     if data.columns is not None and len(data.columns) != 1:
         raise ConfigError(f"columns={data.columns!r}: a language model's text is in one column.")
     settled = data.over(DataSettings(task=task, columns=("text",), max_length=max_length, measurement="loss"))

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from whence.errors import ConfigError, DataError
+from whence.errors import DataError
 from whence.recipes.base import Options
-from whence.recipes.family import TokenizerStyle, check_length
-from whence.recipes.presets import language_model
+from whence.recipes.family import check_length
+from whence.recipes.language_models import LanguageModels, refuse_labels
 from whence.recipes.rows import Row
 from whence.recipes.settings import DataSettings, PresetName
 from whence.tasks.likelihoods import IGNORE
@@ -36,16 +36,13 @@ class Pair:
     more: Row | None = None
 
 
-class Prompted(ABC):
+class Prompted(LanguageModels, ABC):
     """A family of prompts and answers; what of a family is not here, its own says (`whence.recipes.family.Family`).
 
     Models are decoders, which read the prompt before the answer, or have an encoder for the prompt (T5).
     """
 
-    auto: ClassVar[str] = "AutoModelForCausalLM"
-    style: ClassVar[TokenizerStyle] = "gpt2"
     layer_sets: ClassVar[dict[str, list[str]]] = {}
-    over_run: ClassVar[bool] = False
     joins_rows: ClassVar[bool] = False
     makes_rows: ClassVar[bool] = False
     architectures: ClassVar[tuple[str, ...]] = ("gpt2", "llama", "gpt_neo", "t5")
@@ -67,18 +64,10 @@ class Prompted(ABC):
         """Give each row's prompt and answer, apart."""
         return (self.pair(row, number, data) for number, row in enumerate(rows))
 
-    def head(self, rows: Sequence[Row], data: DataSettings) -> dict[str, Any]:
-        """Return nothing: there are no labels."""
-        return {}
-
     def encode(self, tokenizer: Any, config: Any, rows: Sequence[Row], data: DataSettings) -> list[Row]:
         """Return `input_ids`, `labels`, which are -100 on the prompt, and the text."""
         check_length(config, data.max_length)
         return [encode_pair(tokenizer, config, pair, int(data.max_length or 256)) for pair in self.pairs(rows, data)]
-
-    def preset(self, size: PresetName, tokenizer: Any, data: DataSettings, architecture: str) -> Any:
-        """Return the configuration of a small language model, of the layers and width of `whence.recipes.family.SIZES`."""
-        return language_model(size, tokenizer, data, architecture)
 
 
 def settled_prompts(data: DataSettings, *, task: str, max_length: int) -> DataSettings:
@@ -87,12 +76,7 @@ def settled_prompts(data: DataSettings, *, task: str, max_length: int) -> DataSe
     Raises:
         ConfigError: a setting that such rows have no use for.
     """
-    if data.flip:
-        raise ConfigError("flip replaces labels, and an answer is none. Leave --flip out.")
-    if data.label is not None:
-        raise ConfigError(f"label={data.label!r} names a column of labels, and an answer is none. Leave --label out.")
-    if data.measurement == "margin":
-        raise ConfigError("measurement='margin' is for classifiers; choose loss or log_odds.")
+    refuse_labels(data, "an answer is none")
     return data.over(replace(DataSettings(), task=task, max_length=max_length, measurement="loss"))
 
 
